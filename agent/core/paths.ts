@@ -1,0 +1,77 @@
+/**
+ * Every place on disk that vmmesh reads or writes, once. Who owns each and who may read it stands in ARCHITECTURE.md.
+ * All paths lie below one root so that `vmmesh run --foreground --root DIR` and the demo can have two machines on one host.
+ */
+export interface Paths {
+  readonly root: string;
+  /** What `join` renders and an operator may read: no secrets. root 0755. */
+  readonly etc: string;
+  readonly clusterEnv: string;
+  readonly sidecarEnv: string;
+  readonly meshConfig: string;
+  readonly rootCert: string;
+  /** The agent's own state; root never acts on what is in here. vmmesh 0700. */
+  readonly state: string;
+  readonly token: string;
+  readonly identity: string;
+  readonly xdsCache: string;
+  /** What root acts on: journal of a join, rules in force. root 0700. */
+  readonly hostState: string;
+  readonly journal: string;
+  readonly lock: string;
+  readonly rules: string;
+  /** Sockets and the rendered bootstrap; gone at reboot. vmmesh 0750, group vmmesh. */
+  readonly run: string;
+  readonly bootstrap: string;
+  readonly xdsSocket: string;
+  readonly sdsSocket: string;
+  readonly adminSocket: string;
+  /** Envoy's own admin interface; vmmesh-envoy 0750, group vmmesh. */
+  readonly envoyRun: string;
+  readonly envoyAdminSocket: string;
+  /** The agent asks for repair of the rules by touching this file; its content is never read. */
+  readonly repairRequest: string;
+}
+
+/** The table for one root; `/` on a real machine. */
+export function paths(root = "/"): Paths {
+  const at = (path: string): string => (root === "/" ? path : `${root.replace(/\/+$/, "")}${path}`);
+  return {
+    root,
+    etc: at("/etc/vmmesh"),
+    clusterEnv: at("/etc/vmmesh/cluster.env"),
+    sidecarEnv: at("/etc/vmmesh/sidecar.env"),
+    meshConfig: at("/etc/vmmesh/mesh.yaml"),
+    rootCert: at("/etc/vmmesh/root-cert.pem"),
+    state: at("/var/lib/vmmesh"),
+    token: at("/var/lib/vmmesh/token"),
+    identity: at("/var/lib/vmmesh/identity"),
+    xdsCache: at("/var/lib/vmmesh/xds"),
+    hostState: at("/var/lib/vmmesh-host"),
+    journal: at("/var/lib/vmmesh-host/join.json"),
+    lock: at("/var/lib/vmmesh-host/lock"),
+    rules: at("/var/lib/vmmesh-host/rules"),
+    run: at("/run/vmmesh"),
+    bootstrap: at("/run/vmmesh/bootstrap.json"),
+    xdsSocket: at("/run/vmmesh/xds.sock"),
+    sdsSocket: at("/run/vmmesh/sds.sock"),
+    adminSocket: at("/run/vmmesh/admin.sock"),
+    envoyRun: at("/run/vmmesh-envoy"),
+    envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
+    repairRequest: at("/run/vmmesh/repair-request"),
+  };
+}
+
+/** Ports of the machine that vmmesh or Envoy listens on (Istio's numbers; see the port table in ARCHITECTURE.md). */
+export const PORTS = {
+  outbound: 15001,
+  inbound: 15006,
+  tunnel: 15008,
+  status: 15020,
+  readiness: 15021,
+  dns: 15053,
+  envoyPrometheus: 15090,
+} as const;
+
+/** System users, made by sysusers.d; 1337 is not used: it lies in the human range and whoever owns it bypasses capture. */
+export const USERS = { agent: "vmmesh", envoy: "vmmesh-envoy" } as const;

@@ -1,0 +1,79 @@
+/** A protobuf-JSON ProxyConfig as it stands in mesh.yaml: kept as it is, also fields that we do not know. */
+export type ProxyConfig = Readonly<Record<string, unknown>>;
+
+/** A file set that joins one machine, whoever made it: `istioctl x workload entry configure`, `vmmesh bundle create`, or `vmmesh join` itself. */
+export interface Bundle {
+  /** cluster.env: keys in file order. */
+  readonly clusterEnv: ReadonlyMap<string, string>;
+  /** mesh.yaml: the content of its `defaultConfig`. */
+  readonly proxyConfig: ProxyConfig;
+  /** PEM, one or several. */
+  readonly rootCert: string;
+  /** JWT for audience `istio-ca`; absent if the machine has a certificate already. */
+  readonly token?: string;
+  /** The `hosts` file: name of istiod → addresses to dial. Empty when the load balancer has only a host name. */
+  readonly hosts: ReadonlyMap<string, readonly string[]>;
+}
+
+export interface WorkloadPort {
+  readonly name: string;
+  readonly port: number;
+}
+
+/** WorkloadGroup.spec.probe after Istio's defaults (ch. 5.3 of the VM protocol): all times in seconds. */
+export interface ReadinessProbe {
+  readonly initialDelaySeconds: number;
+  readonly timeoutSeconds: number;
+  readonly periodSeconds: number;
+  readonly successThreshold: number;
+  readonly failureThreshold: number;
+  readonly check:
+    | {
+        readonly kind: "http";
+        readonly scheme: "http" | "https";
+        readonly host?: string;
+        readonly port: number;
+        readonly path: string;
+        readonly headers: readonly { readonly name: string; readonly value: string }[];
+      }
+    | { readonly kind: "tcp"; readonly host?: string; readonly port: number }
+    | { readonly kind: "exec"; readonly argv: readonly string[] }
+    | { readonly kind: "grpc"; readonly port: number; readonly service: string };
+}
+
+/** Everything the daemon knows of its workload, read from cluster.env, sidecar.env and mesh.yaml. Pure data. */
+export interface Workload {
+  readonly namespace: string;
+  readonly serviceAccount: string;
+  readonly trustDomain: string;
+  /** WorkloadGroup for auto-registration; undefined: the machine registers nothing. */
+  readonly workloadGroup: string | undefined;
+  readonly workloadName: string;
+  readonly clusterId: string;
+  readonly meshId: string;
+  readonly network: string;
+  readonly labels: Readonly<Record<string, string>>;
+  readonly ports: readonly WorkloadPort[];
+  /** `host:port` of istiod as the certificate names it, e.g. `istiod.istio-system.svc:15012`. */
+  readonly discoveryAddress: string;
+  /** Addresses to dial for `discoveryAddress`, in order; empty: ask the machine's resolver. */
+  readonly istiodAddresses: readonly string[];
+  /** POD_NAME of the node id: the machine's host name. */
+  readonly instanceName: string;
+  /** First is the registered one. */
+  readonly addresses: readonly string[];
+  readonly inbound: { readonly kind: "ports"; readonly ports: readonly number[] } | { readonly kind: "all" };
+  readonly inboundExcludePorts: readonly number[];
+  /** CIDRs captured outbound; `["*"]` is everything. */
+  readonly outboundCidrs: readonly string[];
+  readonly outboundExcludeCidrs: readonly string[];
+  readonly outboundExcludePorts: readonly number[];
+  /** Where the mesh's services live: the fence refuses what would reach them past Envoy. */
+  readonly meshCidrs: readonly string[];
+  readonly dnsCapture: boolean;
+  readonly probe: ReadinessProbe | undefined;
+  readonly proxyConfig: ProxyConfig;
+  readonly envoyPath: string;
+  /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */
+  readonly meta: Readonly<Record<string, string>>;
+}

@@ -1,0 +1,304 @@
+import { randomBytes } from "node:crypto";
+import { createSocket } from "node:dgram";
+import { lookup } from "node:dns/promises";
+import { constants, watch as watchDirectory } from "node:fs";
+import * as fs from "node:fs/promises";
+import { createConnection, createServer } from "node:net";
+import { hostname, networkInterfaces } from "node:os";
+import { basename, dirname, join } from "node:path";
+import type { Duplex } from "node:stream";
+import { setTimeout as sleep } from "node:timers/promises";
+import { VmmeshError } from "../core/errors.ts";
+import type { Clock, Command, CommandResult, FileInfo, Files, Host, Listener, Net, Owner } from "./host.ts";
+
+const DEFAULT_TIMEOUT_MS = 30_000;
+
+/** The real machine. */
+export function linuxHost(): Host {
+  return { run, files, clock, net, random: (bytes) => randomBytes(bytes) };
+}
+
+async function run(command: Command, signal?: AbortSignal): Promise<CommandResult> {
+  // Loaded on first use: the daemon on its hot path and `vmmesh status` start no program, and execa costs 9 MB.
+  const { execa } = await import("execa");
+  const [program, ...args] = command.argv;
+  const timeoutMs = command.timeoutMs ?? DEFAULT_TIMEOUT_MS;
+  const result = await execa(program, args, {
+    reject: false,
+    stripFinalNewline: false,
+    timeout: timeoutMs,
+    forceKillAfterDelay: 2000,
+    maxBuffer: 64 * 1024 * 1024,
+    ...(command.input === undefined ? { stdin: "ignore" as const } : { input: command.input }),
+    ...(command.env === undefined ? {} : { env: command.env }),
+    ...(signal === undefined ? {} : { cancelSignal: signal }),
+  });
+  if (result.exitCode !== undefined) {
+    return { code: result.exitCode, stdout: result.stdout, stderr: result.stderr };
+  }
+  signal?.throwIfAborted();
+  if (result.code === "ENOENT") {
+    throw new VmmeshError("COMMAND_MISSING", `the program \`${program}\` is not installed`, {
+      next: `Install the package that brings \`${program}\`, then run the same command again.`,
+    });
+  }
+  const how = result.timedOut
+    ? `did not end within ${timeoutMs / 1000} s`
+    : (result.shortMessage ?? "was ended by a signal");
+  throw new VmmeshError("COMMAND_FAILED", `\`${command.argv.join(" ")}\` ${how}`, { cause: result.cause });
+}
+
+/** `undefined` instead of ENOENT; every other error goes on. */
+async function ifPresent<T>(work: Promise<T>): Promise<T | undefined> {
+  try {
+    return await work;
+  } catch (thrown) {
+    const code = (thrown as NodeJS.ErrnoException).code;
+    if (code === "ENOENT" || code === "ENOTDIR") return undefined;
+    throw thrown;
+  }
+}
+
+const files: Files = {
+  read: (path) => ifPresent(fs.readFile(path)),
+  readText: (path) => ifPresent(fs.readFile(path, "utf8")),
+  async list(path) {
+    return (await ifPresent(fs.readdir(path)))?.sort();
+  },
+  async stat(path) {
+    const stat = await ifPresent(fs.lstat(path));
+    if (stat === undefined) return undefined;
+    const kind: FileInfo["kind"] = stat.isFile()
+      ? "file"
+      : stat.isDirectory()
+        ? "directory"
+        : stat.isSymbolicLink()
+          ? "link"
+          : stat.isSocket()
+            ? "socket"
+            : "other";
+    return {
+      mode: stat.mode & 0o7777,
+      uid: stat.uid,
+      gid: stat.gid,
+      size: stat.size,
+      modifiedMs: stat.mtimeMs,
+      kind,
+    };
+  },
+  async writeAtomic(path, data, { mode, owner }) {
+    const temporary = join(dirname(path), `.${basename(path)}.${randomBytes(6).toString("hex")}`);
+    const handle = await fs.open(temporary, constants.O_WRONLY | constants.O_CREAT | constants.O_EXCL, 0o600);
+    try {
+      try {
+        await handle.writeFile(data);
+        if (owner !== undefined) await handle.chown(owner.uid, owner.gid);
+        await handle.chmod(mode);
+        await handle.sync();
+      } finally {
+        await handle.close();
+      }
+      await fs.rename(temporary, path);
+    } catch (thrown) {
+      await fs.rm(temporary, { force: true });
+      throw thrown;
+    }
+    const folder = await fs.open(dirname(path), "r");
+    await folder.sync().finally(() => folder.close());
+  },
+  async swapLink(path, target) {
+    const temporary = join(dirname(path), `.${basename(path)}.${randomBytes(6).toString("hex")}`);
+    await fs.symlink(target, temporary);
+    await fs.rename(temporary, path);
+  },
+  readLink: (path) => ifPresent(fs.readlink(path)),
+  async makeDir(path, { mode, owner }) {
+    await fs.mkdir(path, { recursive: true, mode });
+    if (owner !== undefined) await fs.chown(path, owner.uid, owner.gid);
+    await fs.chmod(path, mode);
+  },
+  remove: (path) => fs.rm(path, { recursive: true, force: true }),
+  async touch(path) {
+    const handle = await fs.open(path, "a", 0o660);
+    try {
+      await handle.utimes(new Date(), new Date());
+    } finally {
+      await handle.close();
+    }
+  },
+  async *watch(directory, signal) {
+    let wake: () => void = () => undefined;
+    let pending = false;
+    let failed: Error | undefined;
+    const watcher = watchDirectory(directory, { signal }, () => {
+      pending = true;
+      wake();
+    });
+    watcher.on("error", (error) => {
+      failed = error;
+      wake();
+    });
+    signal.addEventListener("abort", () => wake(), { once: true });
+    try {
+      while (!signal.aborted) {
+        if (failed !== undefined) throw failed;
+        if (pending) {
+          pending = false;
+          yield;
+        } else {
+          await new Promise<void>((resolve) => {
+            wake = resolve;
+            if (pending || signal.aborted || failed !== undefined) resolve();
+          });
+        }
+      }
+    } finally {
+      watcher.close();
+    }
+  },
+  async lock(path) {
+    // Node has no flock(2). A lock file that names its holder by pid and start time survives nothing: a dead holder is seen as such.
+    const mine = `${process.pid} ${await startTime(process.pid)}`;
+    for (let attempt = 0; attempt < 3; attempt += 1) {
+      try {
+        await fs.writeFile(path, mine, { flag: "wx", mode: 0o600 });
+        return {
+          async [Symbol.asyncDispose]() {
+            if ((await files.readText(path)) === mine) await fs.rm(path, { force: true });
+          },
+        };
+      } catch (thrown) {
+        if ((thrown as NodeJS.ErrnoException).code !== "EEXIST") throw thrown;
+      }
+      const holder = (await files.readText(path))?.split(" ") ?? [];
+      if (holder[0] !== undefined && (await startTime(Number(holder[0]))) === holder[1]) return undefined;
+      await fs.rm(path, { force: true });
+    }
+    return undefined;
+  },
+};
+
+/** Field 22 of /proc/PID/stat: with the pid it names one process for ever (proc(5)). Empty if there is no such process. */
+async function startTime(pid: number): Promise<string> {
+  const stat = await files.readText(`/proc/${pid}/stat`);
+  return stat?.slice(stat.lastIndexOf(")") + 2).split(" ")[19] ?? "";
+}
+
+const clock: Clock = {
+  now: () => new Date(),
+  monotonicMs: () => performance.now(),
+  sleep: (ms, signal) => sleep(ms, undefined, signal === undefined ? {} : { signal }),
+};
+
+function listen(
+  bind: (server: ReturnType<typeof createServer>) => void,
+  onConnection: (socket: Duplex) => void,
+): Promise<ReturnType<typeof createServer>> {
+  return new Promise((resolve, reject) => {
+    const server = createServer({ pauseOnConnect: false }, onConnection);
+    server.once("error", reject);
+    server.once("listening", () => {
+      server.off("error", reject);
+      resolve(server);
+    });
+    bind(server);
+  });
+}
+
+function listenerOf(server: ReturnType<typeof createServer>, cleanUp: () => Promise<void>): Listener {
+  const address = server.address();
+  return {
+    port: typeof address === "object" && address !== null ? address.port : 0,
+    async [Symbol.asyncDispose]() {
+      server.close();
+      await cleanUp();
+    },
+  };
+}
+
+function connected(socket: ReturnType<typeof createConnection>, timeoutMs: number): Promise<Duplex> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => {
+      socket.destroy(Object.assign(new Error(`no connection within ${timeoutMs} ms`), { code: "ETIMEDOUT" }));
+    }, timeoutMs);
+    socket.once("error", (error) => {
+      clearTimeout(timer);
+      reject(error);
+    });
+    socket.once("connect", () => {
+      clearTimeout(timer);
+      socket.removeAllListeners("error");
+      resolve(socket);
+    });
+  });
+}
+
+async function setOwner(path: string, owner: Owner | undefined): Promise<void> {
+  if (owner !== undefined) await fs.chown(path, owner.uid, owner.gid);
+}
+
+const net: Net = {
+  async listenUnix(path, { mode, owner }, onConnection) {
+    const temporary = join(dirname(path), `.${basename(path)}.${randomBytes(4).toString("hex")}`);
+    const server = await listen((it) => it.listen(temporary), onConnection);
+    await fs.chmod(temporary, mode);
+    await setOwner(temporary, owner);
+    await fs.rename(temporary, path);
+    const inode = (await fs.stat(path)).ino;
+    return listenerOf(server, async () => {
+      // A successor may have put its own socket there already.
+      if ((await ifPresent(fs.stat(path)))?.ino === inode) await fs.rm(path, { force: true });
+    });
+  },
+  async listenTcp(address, port, onConnection) {
+    return listenerOf(
+      await listen((it) => it.listen({ host: address, port }), onConnection),
+      async () => undefined,
+    );
+  },
+  bindUdp(address, port) {
+    return new Promise((resolve, reject) => {
+      const socket = createSocket(address.includes(":") ? { type: "udp6", ipv6Only: true } : { type: "udp4" });
+      socket.once("error", reject);
+      socket.bind({ address, port, exclusive: true }, () => {
+        socket.off("error", reject);
+        // A send to a closed port comes back as an error event later; datagrams may be lost, so it changes nothing.
+        socket.on("error", () => undefined);
+        resolve({
+          send: (data, toPort, toAddress) => socket.send(data, toPort, toAddress, () => undefined),
+          onMessage: (listener) => {
+            socket.on("message", (data, from) => listener(data, { address: from.address, port: from.port }));
+          },
+          close: () => socket.close(),
+          port: socket.address().port,
+        });
+      });
+    });
+  },
+  connectTcp: (address, port, { timeoutMs, localAddress }) =>
+    connected(
+      createConnection({ host: address, port, ...(localAddress === undefined ? {} : { localAddress }) }),
+      timeoutMs,
+    ),
+  connectUnix: (path, { timeoutMs }) => connected(createConnection({ path }), timeoutMs),
+  addresses() {
+    return Object.entries(networkInterfaces()).flatMap(([name, list]) =>
+      (list ?? []).map((entry) => ({
+        interface: name,
+        family: entry.family === "IPv6" ? (6 as const) : (4 as const),
+        address: entry.address,
+        bits: Number(entry.cidr?.split("/")[1] ?? (entry.family === "IPv6" ? 128 : 32)),
+      })),
+    );
+  },
+  hostname,
+  async lookup(host) {
+    try {
+      return (await lookup(host, { all: true })).map((entry) => entry.address);
+    } catch (thrown) {
+      const code = (thrown as NodeJS.ErrnoException).code;
+      if (code === "ENOTFOUND" || code === "ENODATA") return [];
+      throw thrown;
+    }
+  },
+};
