@@ -20,9 +20,13 @@ export interface Host {
 export interface Command {
   readonly argv: readonly [string, ...string[]];
   readonly input?: string;
-  /** Default 30,000. */
+  /** Default 30,000; 0 waits for ever (the signal ends it). */
   readonly timeoutMs?: number;
   readonly env?: Readonly<Record<string, string>>;
+  /** Run as this user; only root may. */
+  readonly as?: Owner;
+  /** Output goes to our own stdout and stderr instead of the result. */
+  readonly inheritOutput?: true;
 }
 
 export interface CommandResult {

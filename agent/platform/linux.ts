@@ -29,12 +29,14 @@ async function run(command: Command, signal?: AbortSignal): Promise<CommandResul
     timeout: timeoutMs,
     forceKillAfterDelay: 2000,
     maxBuffer: 64 * 1024 * 1024,
+    ...(command.as === undefined ? {} : { uid: command.as.uid, gid: command.as.gid }),
+    ...(command.inheritOutput === true ? { stdout: "inherit" as const, stderr: "inherit" as const } : {}),
     ...(command.input === undefined ? { stdin: "ignore" as const } : { input: command.input }),
     ...(command.env === undefined ? {} : { env: command.env }),
     ...(signal === undefined ? {} : { cancelSignal: signal }),
   });
   if (result.exitCode !== undefined) {
-    return { code: result.exitCode, stdout: result.stdout, stderr: result.stderr };
+    return { code: result.exitCode, stdout: result.stdout ?? "", stderr: result.stderr ?? "" };
   }
   signal?.throwIfAborted();
   if (result.code === "ENOENT") {
@@ -258,7 +260,9 @@ const net: Net = {
   },
   bindUdp(address, port) {
     return new Promise((resolve, reject) => {
-      const socket = createSocket(address.includes(":") ? { type: "udp6", ipv6Only: true } : { type: "udp4" });
+      const socket = createSocket(
+        address.includes(":") ? { type: "udp6", ipv6Only: true } : { type: "udp4" },
+      );
       socket.once("error", reject);
       socket.bind({ address, port, exclusive: true }, () => {
         socket.off("error", reject);

@@ -1,0 +1,334 @@
+/**
+ * What a person can type, as data: parsing, help texts, the man page and README's table all come from here, and a test
+ * holds them equal.
+ */
+export interface OptionSpec {
+  readonly name: string;
+  readonly type: "string" | "boolean" | "number";
+  /** May be given more than once. */
+  readonly repeat?: true;
+  readonly describe: string;
+  /** Word for the value in help texts. */
+  readonly value?: string;
+  readonly default?: string | number | boolean;
+  readonly choices?: readonly string[];
+  readonly required?: true;
+}
+
+export type OptionValue = string | number | boolean | readonly string[] | undefined;
+export type Options = Readonly<Record<string, OptionValue>>;
+
+export interface CommandSpec {
+  /** Words after `vmmesh`. */
+  readonly words: string;
+  readonly summary: string;
+  readonly options: readonly OptionSpec[];
+  readonly examples: readonly (readonly [string, string])[];
+  /** Not in the help texts: units call it, people need not. */
+  readonly hidden?: true;
+  /** Loads the code behind the command, and nothing of the other commands. Resolves to the exit status. */
+  load(): Promise<(options: Options) => Promise<number>>;
+}
+
+const OUTPUT: OptionSpec = {
+  name: "output",
+  type: "string",
+  choices: ["text", "json"],
+  default: "text",
+  describe: "for people or for programs",
+};
+
+/** Options that every command takes. */
+export const COMMON_OPTIONS: readonly OptionSpec[] = [
+  {
+    name: "root",
+    type: "string",
+    value: "DIR",
+    default: "/",
+    describe: "put every file below DIR (for tests and the demo)",
+  },
+  {
+    name: "log-level",
+    type: "string",
+    choices: ["debug", "info", "warn", "error"],
+    default: "info",
+    describe: "how much is logged",
+  },
+];
+
+const MESH_OPTIONS: readonly OptionSpec[] = [
+  {
+    name: "namespace",
+    type: "string",
+    value: "N",
+    describe: "namespace of the workload; with a kubeconfig it must be given",
+  },
+  {
+    name: "workload-group",
+    type: "string",
+    value: "G",
+    describe: "WorkloadGroup to register under (default: this machine's host name)",
+  },
+  {
+    name: "service-account",
+    type: "string",
+    value: "S",
+    describe: "service account of the workload (default: the group's, else the group's name)",
+  },
+  {
+    name: "service",
+    type: "string",
+    value: "NAME",
+    describe: "also make a Service of this name that selects the group (needs --port)",
+  },
+  {
+    name: "port",
+    type: "string",
+    repeat: true,
+    value: "PROTOCOL:PORT",
+    describe: "a port that the workload serves, e.g. http:9080, tcp:3306, grpc:7070",
+  },
+  { name: "labels", type: "string", repeat: true, value: "K=V", describe: "label of the workload" },
+  {
+    name: "kubeconfig",
+    type: "string",
+    value: "FILE",
+    describe: "credentials for the Kubernetes API; used now, not kept",
+  },
+  { name: "context", type: "string", value: "NAME", describe: "context of the kubeconfig" },
+  { name: "revision", type: "string", value: "R", describe: "revision of the control plane" },
+  {
+    name: "network",
+    type: "string",
+    value: "N",
+    describe: "network of this machine, when the mesh has several",
+  },
+  {
+    name: "istiod-address",
+    type: "string",
+    value: "IP",
+    describe:
+      "where istiod (or the east-west gateway) is reached (default: the address of Service istio-eastwestgateway)",
+  },
+  {
+    name: "cluster-id",
+    type: "string",
+    value: "ID",
+    describe: "name of the cluster (default: what istiod's injector says, else Kubernetes)",
+  },
+  {
+    name: "token-duration",
+    type: "number",
+    value: "SECONDS",
+    default: 3600,
+    describe: "lifetime of the bootstrap token, at least 600",
+  },
+];
+
+export const COMMANDS: readonly CommandSpec[] = [
+  {
+    words: "join",
+    summary: "make this machine part of the mesh",
+    options: [
+      ...MESH_OPTIONS,
+      {
+        name: "bundle",
+        type: "string",
+        value: "DIR|FILE",
+        describe:
+          "join with files made elsewhere (`vmmesh bundle create`, istioctl) and no cluster credential",
+      },
+      {
+        name: "ip",
+        type: "string",
+        value: "A",
+        describe: "address of this machine that its peers reach (default: the first that is not loopback)",
+      },
+      {
+        name: "envoy",
+        type: "string",
+        value: "PATH",
+        describe: "Envoy to run, 1.36 or later (default: the one on PATH)",
+      },
+      {
+        name: "exclude-outbound-cidr",
+        type: "string",
+        repeat: true,
+        value: "CIDR",
+        describe: "destinations that are not captured",
+      },
+      {
+        name: "exclude-outbound-port",
+        type: "string",
+        repeat: true,
+        value: "PORT",
+        describe: "destination ports that are not captured",
+      },
+      {
+        name: "exclude-inbound-port",
+        type: "string",
+        repeat: true,
+        value: "PORT",
+        describe: "own ports that are not captured",
+      },
+      {
+        name: "mesh-cidr",
+        type: "string",
+        repeat: true,
+        value: "CIDR",
+        describe:
+          "where the mesh's services live (default: the cluster's service range, when it can be read)",
+      },
+      {
+        name: "confirm-within",
+        type: "number",
+        value: "SECONDS",
+        default: 30,
+        describe: "the rules go out again unless connectivity is confirmed in this time",
+      },
+      {
+        name: "ready-within",
+        type: "number",
+        value: "SECONDS",
+        default: 60,
+        describe: "give up when Envoy is not ready in this time",
+      },
+      { name: "dry-run", type: "boolean", describe: "print the steps and change nothing" },
+      OUTPUT,
+    ],
+    examples: [
+      [
+        "vmmesh join --namespace default",
+        "with the kubeconfig at hand; names and ports have printed defaults",
+      ],
+      [
+        "vmmesh join --namespace default --service details --port http:9080",
+        "also make the Service that peers call",
+      ],
+      ["vmmesh join --bundle ./details-bundle", "no cluster credential on this machine"],
+    ],
+    load: async () => (await import("./join.ts")).join,
+  },
+  {
+    words: "leave",
+    summary: "give the machine back: out of the endpoints, drained, rules out, files restored",
+    options: [
+      {
+        name: "withdraw-within",
+        type: "number",
+        value: "SECONDS",
+        default: 20,
+        describe: "how long peers get to stop calling before Envoy is drained",
+      },
+      { name: "now", type: "boolean", describe: "do not wait for peers (requests in flight fail)" },
+      OUTPUT,
+    ],
+    examples: [["vmmesh leave", "peers see no failed request when the service has another endpoint"]],
+    load: async () => (await import("./leave.ts")).leave,
+  },
+  {
+    words: "status",
+    summary: "identity, control plane, Envoy, capture, DNS, registration and health in one screen",
+    options: [OUTPUT],
+    examples: [["vmmesh status --output json", "for programs; exit status 1 when a condition is an error"]],
+    load: async () => (await import("./status.ts")).status,
+  },
+  {
+    words: "bundle create",
+    summary: "make the files that join a machine without a cluster credential",
+    options: [
+      ...MESH_OPTIONS,
+      {
+        name: "o",
+        type: "string",
+        value: "DIR|FILE",
+        required: true,
+        describe: "a directory (made) or a file NAME.json to write; it holds a token: 0600",
+      },
+      { name: "ip", type: "string", value: "A", describe: "address of the machine that will join" },
+      OUTPUT,
+    ],
+    examples: [
+      [
+        "vmmesh bundle create --namespace default --workload-group details -o ./details-bundle",
+        "on the administrator's machine",
+      ],
+    ],
+    load: async () => (await import("./bundle.ts")).bundleCreate,
+  },
+  {
+    words: "iptables plan",
+    summary: "what would be captured, in words; changes nothing",
+    options: [{ name: "rules", type: "boolean", describe: "print the rules themselves" }, OUTPUT],
+    examples: [["vmmesh iptables plan --rules", "as iptables-restore and nft text"]],
+    load: async () => (await import("./iptables.ts")).plan,
+  },
+  {
+    words: "iptables apply",
+    summary: "install the rules under a timer that takes them out unless connectivity is confirmed",
+    options: [
+      {
+        name: "confirm-within",
+        type: "number",
+        value: "SECONDS",
+        default: 30,
+        describe: "time until they go out again",
+      },
+      OUTPUT,
+    ],
+    examples: [["vmmesh iptables apply", "after a change in /etc/vmmesh/sidecar.env"]],
+    load: async () => (await import("./iptables.ts")).apply,
+  },
+  {
+    words: "iptables audit",
+    summary: "what is wrong with the capture, in words; exit status 0 nothing, 1 something, 2 critical",
+    options: [OUTPUT],
+    examples: [["vmmesh iptables audit", "fit for cron and CI"]],
+    load: async () => (await import("./iptables.ts")).audit,
+  },
+  {
+    words: "iptables clean",
+    summary: "take out what was really applied; foreign rules stay byte for byte",
+    options: [OUTPUT],
+    examples: [
+      ["vmmesh iptables clean", "the machine stays joined, its traffic no longer goes through Envoy"],
+    ],
+    load: async () => (await import("./iptables.ts")).clean,
+  },
+  {
+    words: "iptables repair",
+    summary: "put the confirmed rules right, if something moved them",
+    options: [],
+    examples: [],
+    hidden: true,
+    load: async () => (await import("./iptables.ts")).repair,
+  },
+  {
+    words: "run",
+    summary: "the agent itself; systemd starts it",
+    options: [
+      {
+        name: "foreground",
+        type: "boolean",
+        describe:
+          "without systemd: run agent and Envoy below --root, as `join` and `leave` with the same --root ask",
+      },
+      {
+        name: "log-format",
+        type: "string",
+        choices: ["auto", "json"],
+        default: "auto",
+        describe: "journal lines under systemd, plain lines on a terminal, or JSON",
+      },
+    ],
+    examples: [["vmmesh run --foreground --root /tmp/vm-a", "in a network namespace or a container"]],
+    load: async () => (await import("./run.ts")).run,
+  },
+  {
+    words: "version",
+    summary: "version of vmmesh",
+    options: [],
+    examples: [],
+    load: async () => (await import("./version.ts")).version,
+  },
+];

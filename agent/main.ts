@@ -1,0 +1,14 @@
+#!/usr/bin/env node
+import { enableCompileCache } from "node:module";
+import { describeError, VmmeshError } from "./core/errors.ts";
+
+enableCompileCache();
+try {
+  const { parse } = await import("./cli/parse.ts");
+  const parsed = await parse(process.argv.slice(2));
+  if ("print" in parsed) process.stdout.write(`${parsed.print}\n`);
+  else process.exitCode = await (await parsed.command.load())(parsed.options);
+} catch (thrown) {
+  process.stderr.write(`${describeError(thrown)}\n`);
+  process.exitCode = VmmeshError.from(thrown).exitCode;
+}

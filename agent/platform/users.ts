@@ -1,0 +1,39 @@
+import { VmmeshError } from "../core/errors.ts";
+import { USERS } from "../core/paths.ts";
+import type { Host, Owner } from "./host.ts";
+
+/** Who owns what. The agent's group is also the one that may connect to its sockets. */
+export interface Owners {
+  readonly root: Owner;
+  readonly agent: Owner;
+  readonly envoy: Owner;
+}
+
+/**
+ * Ids for machines without our package (the demo's namespaces): above Debian's dynamic system range, below `nobody`,
+ * in nobody's allocation (Debian policy 9.2.2).
+ */
+const WITHOUT_PACKAGE = { agent: { uid: 64_990, gid: 64_990 }, envoy: { uid: 64_991, gid: 64_991 } };
+
+/**
+ * Looks the two system users up by NSS, as every other program does.
+ *
+ * @param packaged false: fall back to fixed numeric ids where the users do not exist
+ * @throws {VmmeshError} STATE_UNREADABLE if a user is missing on a machine that should have it
+ */
+export async function readOwners(host: Pick<Host, "run">, packaged: boolean): Promise<Owners> {
+  const find = async (name: string, fallback: Owner): Promise<Owner> => {
+    const { code, stdout } = await host.run({ argv: ["getent", "passwd", name] });
+    const [, , uid, gid] = stdout.trim().split(":");
+    if (code === 0 && uid !== undefined && gid !== undefined) return { uid: Number(uid), gid: Number(gid) };
+    if (!packaged) return fallback;
+    throw new VmmeshError("STATE_UNREADABLE", `the system user \`${name}\` does not exist`, {
+      next: "Run `systemd-sysusers /usr/lib/sysusers.d/vmmesh.conf`, or install the vmmesh package again.",
+    });
+  };
+  return {
+    root: { uid: 0, gid: 0 },
+    agent: await find(USERS.agent, WITHOUT_PACKAGE.agent),
+    envoy: await find(USERS.envoy, WITHOUT_PACKAGE.envoy),
+  };
+}
