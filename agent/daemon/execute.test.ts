@@ -138,21 +138,16 @@ describe("a join as steps", () => {
       // SIGKILL: nothing runs after this write of the journal, nobody unwinds.
       const reached = Promise.withResolvers<void>();
       let written = 0;
-      const dying = Object.create(files) as MemoryFiles;
-      dying.writeAtomic = async (path, data, options) => {
-        await files.writeAtomic(path, data, options);
+      const write = files.writeAtomic.bind(files);
+      files.writeAtomic = async (path, data, options) => {
+        await write(path, data, options);
         if (path !== PATHS.journal || written++ !== index) return;
         reached.resolve();
         await new Promise<never>(() => undefined);
       };
-      void execute(
-        steps,
-        fresh,
-        { ...machine, host: { files: dying } as unknown as Host },
-        silent,
-        SIGNAL,
-      ).then(() => reached.resolve());
+      void execute(steps, fresh, machine, silent, SIGNAL).then(() => reached.resolve());
       await reached.promise;
+      files.writeAtomic = write;
       const found = await readJournal(files, PATHS);
       const journal = await execute(steps, found ?? fresh, machine, silent, SIGNAL);
       await unwind(journal, machine, silent);
