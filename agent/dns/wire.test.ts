@@ -1,0 +1,181 @@
+import { decode, encode } from "dns-packet";
+import fc from "fast-check";
+import { describe, expect, test } from "vitest";
+import { LEASE_NAME } from "./answer.ts";
+import {
+  Deframer,
+  frame,
+  isReplyTo,
+  type Query,
+  readQuery,
+  replyLimit,
+  withId,
+  writeAnswer,
+  writeError,
+  writeQuery,
+} from "./wire.ts";
+
+const question = (name: string, more: object = {}): Buffer =>
+  encode({ type: "query", id: 7, flags: 0x100, questions: [{ type: "A", name }], ...more });
+
+function read(bytes: Uint8Array): Query {
+  const query = readQuery(bytes);
+  if (typeof query === "string") throw new Error(`not a query: ${query}`);
+  return query;
+}
+
+describe("readQuery", () => {
+  test("name in lower case, type, class, id", () => {
+    const query = read(question("WWW.Example.com"));
+    expect(query.id).toBe(7);
+    expect(query.question).toEqual({ name: "www.example.com.", type: 1, class: 1 });
+    expect(query.edns).toBeUndefined();
+  });
+  test("EDNS size and DO bit", () => {
+    const opt = { type: "OPT", name: ".", udpPayloadSize: 1232, flags: 0x8000, options: [] };
+    expect(read(question("a.b", { additionals: [opt] })).edns).toEqual({ udpBytes: 1232, dnssecOk: true });
+  });
+  test("a dot inside a label matches no name of ours", () => {
+    const bytes = writeQuery(1, "aXb.c", 1);
+    bytes[14] = 0x2e;
+    expect(read(bytes).question.name).toBe("a\\.b.c.");
+  });
+  test.for([
+    { name: "too short", bytes: new Uint8Array(11), want: "ignore" },
+    { name: "a reply", bytes: encode({ type: "response", id: 1 }), want: "ignore" },
+    { name: "no question", bytes: encode({ type: "query", id: 1 }), want: "no-question" },
+    { name: "an update", bytes: encode({ type: "query", id: 1, flags: 5 << 11 }), want: "foreign" },
+    { name: "cut in the name", bytes: question("example.com").subarray(0, 20), want: "malformed" },
+    {
+      name: "a name that points to itself",
+      bytes: Buffer.from("000100000001000000000000c00c00010001", "hex"),
+      want: "malformed",
+    },
+  ])("$name → $want", ({ bytes, want }) => {
+    expect(readQuery(bytes)).toBe(want);
+  });
+});
+
+describe("writeAnswer, read back by dns-packet", () => {
+  test("addresses with the question as owner", () => {
+    const query = read(question("Api.Example.com"));
+    const packet = decode(Buffer.from(writeAnswer(query, { addresses: ["10.0.0.1", "10.0.0.2"] }, 512)));
+    expect(packet).toMatchObject({
+      id: 7,
+      type: "response",
+      rcode: "NOERROR",
+      flag_aa: true,
+      flag_rd: true,
+      flag_tc: false,
+    });
+    expect(packet.questions).toEqual([{ name: "Api.Example.com", type: "A", class: "IN" }]);
+    expect(packet.answers).toMatchObject([
+      { name: "Api.Example.com", type: "A", ttl: 30, data: "10.0.0.1" },
+      { name: "Api.Example.com", type: "A", ttl: 30, data: "10.0.0.2" },
+    ]);
+  });
+  test("an alias: CNAME first, then the addresses of its target", () => {
+    const query = read(question("api.corp.test"));
+    const packet = decode(Buffer.from(writeAnswer(query, { alias: "api.", addresses: ["fd00::1"] }, 512)));
+    expect(packet.answers).toMatchObject([
+      { name: "api.corp.test", type: "CNAME", data: "api" },
+      { name: "api", type: "AAAA", data: "fd00::1" },
+    ]);
+  });
+  test("what does not fit is left out and TC says so; EDNS and TCP take more", () => {
+    const addresses = Array.from({ length: 100 }, (_, index) => `10.0.0.${index}`);
+    const plain = read(question("many.test"));
+    const cut = writeAnswer(plain, { addresses }, replyLimit(plain, "udp"));
+    expect(cut.length).toBeLessThanOrEqual(512);
+    expect(decode(Buffer.from(cut)).flag_tc).toBe(true);
+    expect(
+      decode(Buffer.from(writeAnswer(plain, { addresses }, replyLimit(plain, "tcp")))).answers,
+    ).toHaveLength(100);
+    const opt = { type: "OPT", name: ".", udpPayloadSize: 4096, flags: 0, options: [] };
+    const edns = read(question("many.test", { additionals: [opt] }));
+    const whole = decode(Buffer.from(writeAnswer(edns, { addresses }, replyLimit(edns, "udp"))));
+    expect(whole.answers).toHaveLength(100);
+    expect(whole.additionals).toMatchObject([{ type: "OPT", udpPayloadSize: 4096 }]);
+  });
+  test("an EDNS size below 512 counts as 512", () => {
+    const opt = { type: "OPT", name: ".", udpPayloadSize: 20, flags: 0, options: [] };
+    expect(replyLimit(read(question("a.test", { additionals: [opt] })), "udp")).toBe(512);
+  });
+  test("an error keeps id and question", () => {
+    expect(decode(Buffer.from(writeError(question("a.test"), 2)))).toMatchObject({
+      id: 7,
+      rcode: "SERVFAIL",
+      questions: [{ name: "a.test" }],
+    });
+  });
+});
+
+describe("isReplyTo", () => {
+  const sent = question("a.test");
+  const reply = encode({ type: "response", id: 7, questions: [{ type: "A", name: "A.TEST" }] });
+  test.for([
+    { name: "same id and question in another spelling", bytes: reply, want: true },
+    { name: "another id", bytes: Buffer.from(withId(reply, 8)), want: false },
+    {
+      name: "another question",
+      bytes: encode({ type: "response", id: 7, questions: [{ type: "A", name: "b.test" }] }),
+      want: false,
+    },
+    {
+      name: "another type",
+      bytes: encode({ type: "response", id: 7, questions: [{ type: "AAAA", name: "a.test" }] }),
+      want: false,
+    },
+    { name: "our own query come back", bytes: sent, want: false },
+    { name: "an error without question", bytes: encode({ type: "response", id: 7, flags: 1 }), want: true },
+    { name: "a success without question", bytes: encode({ type: "response", id: 7 }), want: false },
+  ])("$name: $want", ({ bytes, want }) => {
+    expect(isReplyTo(bytes, sent)).toBe(want);
+  });
+});
+
+describe("random bytes", () => {
+  const wild = fc.oneof(
+    fc.uint8Array({ maxLength: 600 }),
+    // A valid beginning reaches deeper.
+    fc
+      .uint8Array({ maxLength: 64 })
+      .map((tail) => Uint8Array.from([...writeQuery(3, LEASE_NAME, 1), ...tail])),
+    fc
+      .tuple(fc.uint8Array({ minLength: 4, maxLength: 60 }), fc.nat(3))
+      .map(([name, more]) => Uint8Array.from([0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, more, ...name])),
+  );
+  test("never throw, never hang, and an error reply is always readable", () => {
+    fc.assert(
+      fc.property(wild, (bytes) => {
+        const query = readQuery(bytes);
+        if (query === "ignore") return;
+        expect(() => decode(Buffer.from(writeError(bytes, 2)))).not.toThrow();
+        if (typeof query === "object") {
+          const limit = replyLimit(query, "udp");
+          const reply = writeAnswer(query, { addresses: ["10.0.0.1"] }, limit);
+          expect(reply.length).toBeLessThanOrEqual(limit);
+          expect(isReplyTo(reply, bytes)).toBe(true);
+        }
+        isReplyTo(bytes, bytes);
+      }),
+      { numRuns: 3000 },
+    );
+  });
+  test("framing gives back every message however the stream is cut", () => {
+    fc.assert(
+      fc.property(
+        fc.array(fc.uint8Array({ maxLength: 300 }), { maxLength: 8 }),
+        fc.integer({ min: 1, max: 50 }),
+        (messages, cut) => {
+          const stream = Buffer.concat(messages.map(frame));
+          const deframer = new Deframer();
+          const got: Uint8Array[] = [];
+          for (let at = 0; at < stream.length; at += cut)
+            got.push(...deframer.push(stream.subarray(at, at + cut)));
+          expect(got.map((it) => [...it])).toEqual(messages.map((it) => [...it]));
+        },
+      ),
+    );
+  });
+});

@@ -1,0 +1,258 @@
+import { decode } from "dns-packet";
+import { ipv4Bytes, ipv6Bytes } from "../core/net.ts";
+import { type Answer, type Question, TYPE } from "./answer.ts";
+
+const HEADER = 12;
+/** What a UDP client without EDNS can take (RFC 1035, 4.2.1). */
+const PLAIN_UDP_BYTES = 512;
+/** What TCP framing can carry: two bytes of length. */
+const TCP_BYTES = 65_535;
+/** Seconds a client may keep one of our answers; Istio's number. */
+const TTL_SECONDS = 30;
+
+const QR = 0x8000;
+const OPCODE = 0x7800;
+const AA = 0x0400;
+const TC = 0x0200;
+const RD = 0x0100;
+const RA = 0x0080;
+const CD = 0x0010;
+const DNSSEC_OK = 0x8000;
+
+/** Response codes that we give ourselves (RFC 1035). */
+export const RCODE = { FORMERR: 1, SERVFAIL: 2 } as const;
+
+/** What we must know of a query to answer it or to recognise its reply; the rest of its bytes is only passed on. */
+export interface Query {
+  readonly id: number;
+  readonly flags: number;
+  readonly question: Question;
+  /** As it came: its copy keeps the client's spelling, which some clients check (0x20). */
+  readonly questionBytes: Uint8Array;
+  /** Of the client's OPT record, if it sent one. */
+  readonly edns: { readonly udpBytes: number; readonly dnssecOk: boolean } | undefined;
+}
+
+/**
+ * Reads the header and the first question of whatever arrived.
+ *
+ * @returns `ignore` for what must get no reply (too short to have an id, or itself a reply: two servers would answer
+ *   each other for ever), `malformed` for FORMERR, `no-question` for SERVFAIL as Istio answers it, `foreign` for other
+ *   operations than a plain query, which are passed on unread
+ */
+export function readQuery(bytes: Uint8Array): Query | "ignore" | "malformed" | "no-question" | "foreign" {
+  if (bytes.length < HEADER) return "ignore";
+  const view = viewOf(bytes);
+  const flags = view.getUint16(2);
+  if ((flags & QR) !== 0) return "ignore";
+  if ((flags & OPCODE) !== 0) return "foreign";
+  if (view.getUint16(4) === 0) return "no-question";
+  const name = readName(bytes, HEADER);
+  if (name === undefined || name.end + 4 > bytes.length) return "malformed";
+  return {
+    id: view.getUint16(0),
+    flags,
+    question: { name: name.text, type: view.getUint16(name.end), class: view.getUint16(name.end + 2) },
+    questionBytes: bytes.subarray(HEADER, name.end + 4),
+    edns: view.getUint16(10) === 0 ? undefined : readEdns(bytes),
+  };
+}
+
+/** A question's name has nothing before it to point to, so a compressed one is malformed. */
+function readName(bytes: Uint8Array, start: number): { text: string; end: number } | undefined {
+  const labels: string[] = [];
+  for (let at = start; at - start < 255; ) {
+    const length = bytes[at];
+    if (length === undefined || length > 63) return undefined;
+    if (length === 0) return { text: `${labels.join(".")}.`, end: at + 1 };
+    if (at + 1 + length > bytes.length) return undefined;
+    const label = Buffer.from(bytes.buffer, bytes.byteOffset + at + 1, length).toString("latin1");
+    // A dot inside a label is no separator: escaped it equals no name of the table.
+    labels.push(label.replace(/[.\\]/g, "\\$&").toLowerCase());
+    at += 1 + length;
+  }
+  return undefined;
+}
+
+function readEdns(bytes: Uint8Array): Query["edns"] {
+  try {
+    const packet = decode(Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length));
+    for (const record of packet.additionals ?? []) {
+      if (record.type !== "OPT") continue;
+      return { udpBytes: record.udpPayloadSize, dnssecOk: (record.flags & DNSSEC_OK) !== 0 };
+    }
+  } catch {
+    // Some record that the library cannot read: the query can still be forwarded, and a local answer fits 512 bytes.
+  }
+  return undefined;
+}
+
+/** The most bytes that the asker can take over this protocol. */
+export function replyLimit(query: Query, protocol: "udp" | "tcp"): number {
+  if (protocol === "tcp") return TCP_BYTES;
+  return Math.max(query.edns?.udpBytes ?? PLAIN_UDP_BYTES, PLAIN_UDP_BYTES);
+}
+
+/** NOERROR with the records of `answer`; what does not fit into `limit` bytes is left out and TC is set. */
+export function writeAnswer(query: Query, answer: Answer, limit: number): Uint8Array {
+  const opt = query.edns === undefined ? undefined : optRecord(query.edns.dnssecOk);
+  const records: Uint8Array[] = [];
+  let size = HEADER + query.questionBytes.length + (opt?.length ?? 0);
+  let complete = true;
+  const add = (record: Uint8Array): boolean => {
+    if (size + record.length > limit) complete = false;
+    else {
+      records.push(record);
+      size += record.length;
+    }
+    return complete;
+  };
+
+  // Owners are pointers: to the question's name, or to the alias' target inside the CNAME record (RFC 1035, 4.1.4).
+  let owner = HEADER;
+  if (answer.alias !== undefined) {
+    owner = HEADER + query.questionBytes.length + 12;
+    add(record(HEADER, TYPE.CNAME, encodeName(answer.alias)));
+  }
+  for (const address of complete ? answer.addresses : []) {
+    const data = ipv4Bytes(address) ?? ipv6Bytes(address);
+    if (data !== undefined && !add(record(owner, data.length === 4 ? TYPE.A : TYPE.AAAA, data))) break;
+  }
+
+  const bytes = new Uint8Array(size);
+  const view = viewOf(bytes);
+  view.setUint16(0, query.id);
+  view.setUint16(2, QR | AA | RA | (query.flags & (RD | CD)) | (complete ? 0 : TC));
+  view.setUint16(4, 1);
+  view.setUint16(6, records.length);
+  view.setUint16(10, opt === undefined ? 0 : 1);
+  let at = HEADER;
+  for (const part of [query.questionBytes, ...records, ...(opt === undefined ? [] : [opt])]) {
+    bytes.set(part, at);
+    at += part.length;
+  }
+  return bytes;
+}
+
+function record(owner: number, type: number, data: Uint8Array): Uint8Array {
+  const bytes = new Uint8Array(12 + data.length);
+  const view = viewOf(bytes);
+  view.setUint16(0, 0xc000 | owner);
+  view.setUint16(2, type);
+  view.setUint16(4, 1);
+  view.setUint32(6, TTL_SECONDS);
+  view.setUint16(10, data.length);
+  bytes.set(data, 12);
+  return bytes;
+}
+
+/** Who sent OPT gets one back (RFC 6891, 6.1.1); without it systemd-resolved takes us for a server of the nineties. */
+function optRecord(dnssecOk: boolean): Uint8Array {
+  const bytes = new Uint8Array(11);
+  const view = viewOf(bytes);
+  view.setUint16(1, TYPE.OPT);
+  view.setUint16(3, 4096);
+  view.setUint16(7, dnssecOk ? DNSSEC_OK : 0);
+  return bytes;
+}
+
+function encodeName(name: string): Uint8Array {
+  const bytes: number[] = [];
+  for (const label of name.split(".")) {
+    if (label === "") continue;
+    const raw = Buffer.from(label, "latin1").subarray(0, 63);
+    bytes.push(raw.length, ...raw);
+  }
+  return Uint8Array.from([...bytes, 0]);
+}
+
+/** The query's header and question with an error code and nothing else. */
+export function writeError(query: Uint8Array, rcode: number): Uint8Array {
+  const read = readQuery(query);
+  const question = typeof read === "object" ? read.questionBytes : new Uint8Array();
+  const bytes = new Uint8Array(HEADER + question.length);
+  const view = viewOf(bytes);
+  const asked = viewOf(query);
+  view.setUint16(0, asked.getUint16(0));
+  view.setUint16(2, QR | RA | (asked.getUint16(2) & (OPCODE | RD | CD)) | rcode);
+  view.setUint16(4, question.length === 0 ? 0 : 1);
+  bytes.set(question, HEADER);
+  return bytes;
+}
+
+/** A query for one name, recursion not desired. */
+export function writeQuery(id: number, name: string, type: number): Uint8Array {
+  const encoded = encodeName(name);
+  const bytes = new Uint8Array(HEADER + encoded.length + 4);
+  const view = viewOf(bytes);
+  view.setUint16(0, id);
+  view.setUint16(4, 1);
+  bytes.set(encoded, HEADER);
+  view.setUint16(HEADER + encoded.length, type);
+  view.setUint16(HEADER + encoded.length + 2, 1);
+  return bytes;
+}
+
+/** The same message under another id. */
+export function withId(message: Uint8Array, id: number): Uint8Array {
+  const copy = Uint8Array.from(message);
+  viewOf(copy).setUint16(0, id);
+  return copy;
+}
+
+/** The id of a message of at least two bytes. */
+export function idOf(message: Uint8Array): number {
+  return viewOf(message).getUint16(0);
+}
+
+/**
+ * Whether `reply` answers exactly `sent`: same id, marked as a reply, same question in any spelling. A reply without
+ * question is believed only when it reports an error, as servers that could not read the query do.
+ */
+export function isReplyTo(reply: Uint8Array, sent: Uint8Array): boolean {
+  if (reply.length < HEADER || sent.length < HEADER) return false;
+  const [got, asked] = [viewOf(reply), viewOf(sent)];
+  if (got.getUint16(0) !== asked.getUint16(0) || (got.getUint16(2) & QR) === 0) return false;
+  if (got.getUint16(4) === 0) return (got.getUint16(2) & 0xf) !== 0 || asked.getUint16(4) === 0;
+  const name = readName(sent, HEADER);
+  // Not a form that we can read (a foreign operation): id and source have to do.
+  if (name === undefined) return true;
+  const end = name.end + 4;
+  if (reply.length < end) return false;
+  const echoed = readName(reply, HEADER);
+  return (
+    echoed?.end === name.end &&
+    echoed.text === name.text &&
+    Buffer.compare(reply.subarray(name.end, end), sent.subarray(name.end, end)) === 0
+  );
+}
+
+/** A message as TCP carries it: its length in two bytes, then itself (RFC 1035, 4.2.2). */
+export function frame(message: Uint8Array): Uint8Array {
+  const bytes = new Uint8Array(2 + message.length);
+  viewOf(bytes).setUint16(0, message.length);
+  bytes.set(message, 2);
+  return bytes;
+}
+
+/** Cuts a TCP byte stream into messages. Holds at most one unfinished message: 64 KiB and two bytes. */
+export class Deframer {
+  #rest: Buffer = Buffer.alloc(0);
+
+  /** The messages that `chunk` completes. */
+  push(chunk: Uint8Array): Uint8Array[] {
+    let bytes = this.#rest.length === 0 ? Buffer.from(chunk) : Buffer.concat([this.#rest, chunk]);
+    const messages: Uint8Array[] = [];
+    while (bytes.length >= 2 && bytes.length >= 2 + bytes.readUInt16BE(0)) {
+      const end = 2 + bytes.readUInt16BE(0);
+      messages.push(bytes.subarray(2, end));
+      bytes = bytes.subarray(end);
+    }
+    this.#rest = bytes;
+    return messages;
+  }
+}
+
+function viewOf(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
