@@ -53,7 +53,7 @@ export async function parse(argv: readonly string[]): Promise<Parsed> {
     });
   }
   const typed = (await parser.parse()) as Record<string, unknown>;
-  if (complaint !== undefined) throw usage(command, complaint.split("\n")[0] ?? complaint);
+  if (complaint !== undefined) throw usage(command, complaint.replace(/\s*\n\s*/g, " "));
   return {
     command,
     options: Object.fromEntries(
