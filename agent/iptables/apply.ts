@@ -1,0 +1,505 @@
+import { VmmeshError } from "../core/errors.ts";
+import type { Files, Host } from "../platform/host.ts";
+import { withoutCounters } from "./parse.ts";
+import type { CapturePlan } from "./plan.ts";
+import { foreignIstio, listNftTable, readTables, refused, type SeenTable, tryRun } from "./read.ts";
+import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
+import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
+import { nftTables, restoreCommand } from "./undo.ts";
+
+export type Applies = Pick<Host, "run" | "files" | "random">;
+
+export interface ApplyOptions {
+  /** Without a confirmation within this time the rules go out again by themselves. */
+  readonly confirmWithinMs: number;
+  /** Root's own directory (0700); what is in it decides what root feeds to the kernel. */
+  readonly rulesDir: string;
+  /** Who keeps the timer: systemd, or a detached shell where there is none (a network namespace). */
+  readonly unit: "systemd" | "detached";
+}
+
+/** Rules that are in force but not yet kept. */
+export interface Trial {
+  readonly generation: string;
+  /** From the start of applying to the last table in force. */
+  readonly appliedInMs: number;
+  /** Keeps the rules, from now on and after a reboot. @throws {VmmeshError} RULES_NOT_CONFIRMED if they are out again already */
+  confirm(): Promise<void>;
+  /** Takes them out at once. */
+  rollBack(): Promise<void>;
+}
+
+/** State of one generation beside its texts. */
+export interface GenerationFile {
+  readonly version: 1;
+  readonly plan: CapturePlan;
+  readonly bootId: string;
+  /** Seconds of /proc/uptime at which the rollback fires. */
+  readonly deadline: number;
+  /** How the kernel prints what we gave it: drift is a difference from this. Empty until applied. */
+  readonly printed: readonly PrintedTable[];
+  readonly nft: Readonly<Record<string, string>>;
+}
+
+export interface PrintedTable {
+  readonly family: Family;
+  readonly table: SeenTable["table"];
+  readonly own: readonly string[];
+}
+
+const ROLLBACK_UNIT = "vmmesh-rollback";
+const PRIVATE = { mode: 0o600 } as const;
+/** Another program may change the rules between our look and our restore; then the kernel refuses our `-D` and we look again. */
+const ATTEMPTS = 3;
+const COMMENTS = { comments: true } as const;
+
+/**
+ * Puts a plan into force for `confirmWithinMs`. Everything is tested first and the rollback is armed before the first rule
+ * is applied, so nothing that happens to this process can leave an unconfirmed rule behind. nat comes last; guard and
+ * fence come in one transaction.
+ *
+ * @throws {VmmeshError} BUSY while another trial runs; RULES_REJECTED, RULES_PRIVILEGE by the kernel, and then nothing is left
+ */
+export async function applyPlan(
+  host: Applies & Pick<Host, "clock">,
+  rendered: RenderedPlan,
+  options: ApplyOptions,
+): Promise<Trial> {
+  const { rulesDir } = options;
+  const { plan } = rendered;
+  await host.files.makeDir(rulesDir, { mode: 0o700 });
+  await dropDeadTrial(host, rulesDir);
+  if ((await host.files.readLink(`${rulesDir}/trial`)) !== undefined) {
+    throw new VmmeshError("BUSY", "other rules are on trial at this moment", {
+      next: "Wait until they are confirmed or taken back (at most some minutes), then run the same command again.",
+    });
+  }
+  const before = await readTables(host, plan);
+  const foreign = foreignIstio(before);
+  if (foreign.length > 0) {
+    throw new VmmeshError(
+      "RULES_REJECTED",
+      `chains of Istio's names are there that vmmesh did not make: ${foreign[0]}`,
+      {
+        next: "Stop the other owner (istio-iptables, pilot-agent or istio-cni) and remove its rules, then join again.",
+      },
+    );
+  }
+  await test(host, rendered);
+
+  const generation = `gen-${Buffer.from(host.random(4)).toString("hex")}`;
+  const here = `${rulesDir}/${generation}`;
+  await host.files.makeDir(here, { mode: 0o700 });
+  const state: GenerationFile = {
+    version: 1,
+    plan,
+    bootId: await bootId(host.files),
+    deadline: (await uptime(host.files)) + options.confirmWithinMs / 1000,
+    printed: [],
+    nft: {},
+  };
+  await writeGeneration(host, here, rendered, state);
+  await host.files.swapLink(`${rulesDir}/trial`, generation);
+  const rollBack = async (): Promise<void> => {
+    await undo(host, here, "trial");
+    await stopTimer(host, options.unit);
+    await host.files.remove(here);
+    await host.files.remove(`${rulesDir}/undone`);
+  };
+  try {
+    await arm(host, here, options);
+    const started = host.clock.monotonicMs();
+    await addPassthroughAddress(host, here, plan);
+    for (const family of plan.families) await applyFamily(host, plan, family.family);
+    await applyNft(host, rendered);
+    const appliedInMs = host.clock.monotonicMs() - started;
+    await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
+    return {
+      generation,
+      appliedInMs,
+      confirm: () => confirm(host, rulesDir, generation, options.unit),
+      rollBack,
+    };
+  } catch (thrown) {
+    await rollBack();
+    throw thrown;
+  }
+}
+
+/** `--test` of every text, both families, before anything is written. */
+async function test(host: Applies, rendered: RenderedPlan): Promise<void> {
+  const { plan } = rendered;
+  const texts: [Family, string | undefined][] = [
+    [4, rendered.ipv4],
+    [6, rendered.ipv6],
+  ];
+  for (const [family, text] of texts) {
+    if (text === undefined) continue;
+    const [program, ...args] = restoreCommand(plan, family);
+    const result = await host.run({ argv: [program, "--test", ...args], input: text });
+    if (result.code !== 0) throw refused(result, `${program} --test`);
+  }
+  const nft = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
+  if (nft === "") return;
+  const result = await host.run({ argv: ["nft", "--check", "-f", "-"], input: nft });
+  if (result.code !== 0) throw refused(result, "nft --check");
+}
+
+async function writeGeneration(
+  host: Applies,
+  here: string,
+  rendered: RenderedPlan,
+  state: GenerationFile,
+): Promise<void> {
+  const texts: [string, string | undefined][] = [
+    ["ipv4.rules", rendered.ipv4],
+    ["ipv6.rules", rendered.ipv6],
+    ["guard.nft", rendered.guard],
+    ["fence.nft", rendered.fence],
+    ["undo.sh", rendered.undo],
+  ];
+  for (const [name, text] of texts) {
+    if (text !== undefined) await host.files.writeAtomic(`${here}/${name}`, text, PRIVATE);
+  }
+  await markMissingTables(host, here, state.plan);
+  await writeState(host.files, here, state);
+}
+
+/** iptables-nft makes its tables on first use. Those that are not there yet go again with our rules. */
+async function markMissingTables(host: Applies, here: string, plan: CapturePlan): Promise<void> {
+  if (plan.backend !== "nft") return;
+  for (const wanted of plan.families) {
+    const family = wanted.family === 4 ? "ip" : "ip6";
+    for (const table of TABLES) {
+      if (tableRules(wanted, table).length === 0) continue;
+      // One chain by name: listing a whole table of kube-proxy's takes a second. A table without base chains lists no OUTPUT.
+      const there = await tryRun(host, { argv: ["nft", "list", "chain", family, table, "OUTPUT"] });
+      if (there !== undefined && there.code !== 0)
+        await host.files.writeAtomic(`${here}/made.${family}.${table}`, "", PRIVATE);
+    }
+  }
+}
+
+/** Istio's Envoy connects to IPv6 applications from ::6, which no machine has by itself (VM protocol, ch. 7.3). */
+async function addPassthroughAddress(host: Applies, here: string, plan: CapturePlan): Promise<void> {
+  if (!plan.families.some(({ family }) => family === 6)) return;
+  const added = await tryRun(host, {
+    argv: ["ip", "-6", "addr", "add", `${PASSTHROUGH[6]}/128`, "dev", "lo"],
+  });
+  if (added?.code === 0) await host.files.writeAtomic(`${here}/made.address`, "", PRIVATE);
+}
+
+async function arm(host: Applies, here: string, { confirmWithinMs, unit }: ApplyOptions): Promise<void> {
+  const seconds = confirmWithinMs / 1000;
+  if (unit === "detached") {
+    const result = await host.run({
+      argv: ["setsid", "--fork", "sh", `${here}/undo.sh`, "after", String(seconds)],
+    });
+    if (result.code !== 0) throw notArmed(result.stderr);
+    return;
+  }
+  await stopTimer(host, unit);
+  const result = await host.run({
+    argv: [
+      "systemd-run",
+      `--unit=${ROLLBACK_UNIT}`,
+      `--on-active=${seconds}s`,
+      // systemd's default would let it be a minute late (systemd.timer(5)).
+      "--timer-property=AccuracySec=100ms",
+      "--collect",
+      "/bin/sh",
+      `${here}/undo.sh`,
+      "trial",
+    ],
+  });
+  if (result.code !== 0) throw notArmed(result.stderr);
+}
+
+function notArmed(stderr: string): VmmeshError {
+  return new VmmeshError(
+    "RULES_NOT_CONFIRMED",
+    "the timer that would take the rules back could not be started, so none were applied",
+    {
+      cause: new Error(stderr.trim().split("\n")[0]),
+      next: "Read `journalctl -u vmmesh-rollback`, mend what it names, and run the same command again.",
+    },
+  );
+}
+
+async function stopTimer(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
+  // A timer that is not there is as good as a stopped one. A detached sleeper finds its trial gone and ends by itself.
+  if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
+}
+
+/** All tables of a family in one call, each one transaction; looks again when somebody else was quicker. */
+async function applyFamily(
+  host: Applies,
+  plan: CapturePlan,
+  family: Family,
+  only?: readonly SeenTable["table"][],
+): Promise<void> {
+  const wanted = plan.families.find((it) => it.family === family);
+  if (wanted === undefined || plan.backend === undefined || plan.programs[family] === undefined) return;
+  const argv = restoreCommand(plan, family);
+  for (let attempt = 1; ; attempt += 1) {
+    const seen = (await readTables(host, plan)).filter((table) => table.family === family);
+    const jumps = seen.flatMap((table) => table.jumps);
+    const text = TABLES.filter((table) => only === undefined || only.includes(table))
+      .map((table) => renderTable(wanted, table, jumps, COMMENTS))
+      .join("");
+    const result = await host.run({ argv, input: text });
+    if (result.code === 0) return;
+    if (result.code !== 1 || attempt >= ATTEMPTS) throw refused(result, argv.join(" "));
+  }
+}
+
+async function applyNft(host: Applies, rendered: Pick<RenderedPlan, "guard" | "fence">): Promise<void> {
+  const text = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
+  if (text === "") return;
+  const result = await host.run({ argv: ["nft", "-f", "-"], input: text });
+  if (result.code !== 0) throw refused(result, "nft -f -");
+}
+
+async function printed(host: Applies, plan: CapturePlan): Promise<Pick<GenerationFile, "printed" | "nft">> {
+  const tables = await readTables(host, plan);
+  const nft: Record<string, string> = {};
+  for (const name of nftTables(plan)) nft[name] = (await listNftTable(host, name)) ?? "";
+  return { printed: tables.map(({ family, table, own }) => ({ family, table, own })), nft };
+}
+
+async function confirm(
+  host: Applies,
+  rulesDir: string,
+  generation: string,
+  unit: ApplyOptions["unit"],
+): Promise<void> {
+  const former = await host.files.readLink(`${rulesDir}/confirmed`);
+  const still = await host.files.readLink(`${rulesDir}/trial`);
+  // The rename is the decision: the undo script claims the trial by renaming the same link.
+  const kept =
+    still === generation &&
+    (await host.run({ argv: ["mv", "-fT", `${rulesDir}/trial`, `${rulesDir}/confirmed`] })).code === 0;
+  if (!kept) {
+    throw new VmmeshError("RULES_NOT_CONFIRMED", "the rules were not confirmed in time and are out again", {
+      next: "See why connectivity could not be proven in time, then run the same command again.",
+    });
+  }
+  await stopTimer(host, unit);
+  if (former !== undefined && former !== generation) {
+    await carryMarks(host.files, `${rulesDir}/${former}`, `${rulesDir}/${generation}`);
+    await host.files.remove(`${rulesDir}/${former}`);
+  }
+}
+
+/** What the former generation made (tables, the address) is still ours to take back. */
+async function carryMarks(files: Files, from: string, to: string): Promise<void> {
+  for (const name of (await files.list(from)) ?? []) {
+    if (name.startsWith("made.")) await files.writeAtomic(`${to}/${name}`, "", PRIVATE);
+  }
+}
+
+async function undo(host: Pick<Host, "run">, here: string, mode: "trial" | "now"): Promise<void> {
+  const result = await host.run({ argv: ["sh", `${here}/undo.sh`, mode] });
+  if (result.code !== 0) throw refused(result, `${here}/undo.sh ${mode}`);
+}
+
+async function bootId(files: Pick<Files, "readText">): Promise<string> {
+  return ((await files.readText("/proc/sys/kernel/random/boot_id")) ?? "").trim();
+}
+
+/** Seconds since boot, also while suspended. */
+async function uptime(files: Pick<Files, "readText">): Promise<number> {
+  return Number(((await files.readText("/proc/uptime")) ?? "0").split(" ")[0]);
+}
+
+function writeState(files: Files, here: string, state: GenerationFile): Promise<void> {
+  return files.writeAtomic(`${here}/plan.json`, `${JSON.stringify(state, null, 1)}\n`, PRIVATE);
+}
+
+export async function readState(
+  files: Files,
+  rulesDir: string,
+  link: "confirmed" | "trial",
+): Promise<{ here: string; state: GenerationFile } | undefined> {
+  const generation = await files.readLink(`${rulesDir}/${link}`);
+  if (generation === undefined) return undefined;
+  const here = `${rulesDir}/${generation}`;
+  const text = await files.readText(`${here}/plan.json`);
+  const unreadable = (why: string): VmmeshError =>
+    new VmmeshError("STATE_UNREADABLE", `${here}/plan.json ${why}`, {
+      next: "Run `vmmesh leave --clean` to take all rules of vmmesh out, then join again.",
+    });
+  if (text === undefined) throw unreadable("is missing");
+  let state: GenerationFile;
+  try {
+    // Root wrote it, in a directory only root can enter.
+    state = JSON.parse(text) as GenerationFile;
+  } catch {
+    throw unreadable("is not JSON");
+  }
+  if (state.version !== 1)
+    throw unreadable(`was written by a newer vmmesh (version ${String(state.version)})`);
+  return { here, state };
+}
+
+/** A trial of a former boot, or one whose timer was lost, is no trial any more. */
+async function dropDeadTrial(host: Applies, rulesDir: string): Promise<"none" | "running" | "dropped"> {
+  if ((await host.files.readLink(`${rulesDir}/trial`)) === undefined) return "none";
+  const trial = await readState(host.files, rulesDir, "trial");
+  if (trial === undefined) return "none";
+  const { here, state } = trial;
+  const rebooted = state.bootId !== (await bootId(host.files));
+  // The timer has ten seconds beyond its time before it counts as lost.
+  if (!rebooted && (await uptime(host.files)) < state.deadline + 10) return "running";
+  if (rebooted) await host.files.remove(`${rulesDir}/trial`);
+  else await undo(host, here, "trial");
+  await host.files.remove(here);
+  await host.files.remove(`${rulesDir}/undone`);
+  return "dropped";
+}
+
+/** What boot and repair found, and did. */
+export interface LoadReport {
+  readonly state: "nothing confirmed" | "trial running" | "in place" | "repaired";
+  /** One sentence for each thing that was mended, with who is likely to have moved it. */
+  readonly repaired: readonly string[];
+  /** A trial that a reboot or a lost timer had left over was dropped. */
+  readonly droppedTrial: boolean;
+}
+
+/**
+ * Holds the kernel equal to the confirmed rules; what boot and every repair call. Reads first, and writes only tables in
+ * which something is missing, changed or displaced, each in one transaction without a gap. Giving it twice changes nothing.
+ */
+export async function loadConfirmed(host: Applies, rulesDir: string): Promise<LoadReport> {
+  const dropped = (await dropDeadTrial(host, rulesDir)) === "dropped";
+  // A trial replaces the confirmed rules in the kernel: putting these back would undo it behind its back.
+  if ((await host.files.readLink(`${rulesDir}/trial`)) !== undefined) {
+    return { state: "trial running", repaired: [], droppedTrial: false };
+  }
+  const confirmed = await readState(host.files, rulesDir, "confirmed");
+  if (confirmed === undefined) return { state: "nothing confirmed", repaired: [], droppedTrial: dropped };
+  const { here, state } = confirmed;
+  const { plan } = state;
+  const repaired: string[] = [];
+
+  const rendered = renderPlan(plan, COMMENTS);
+  const lost: Pick<RenderedPlan, "guard" | "fence"> = {
+    guard: (await nftDrift(
+      host,
+      state,
+      nftTables(plan).filter((name) => name.endsWith(" vmmesh")),
+      repaired,
+    ))
+      ? rendered.guard
+      : undefined,
+    fence: (await nftDrift(
+      host,
+      state,
+      nftTables(plan).filter((name) => name.endsWith("-fence")),
+      repaired,
+    ))
+      ? rendered.fence
+      : undefined,
+  };
+  await applyNft(host, lost);
+  await addPassthroughAddress(host, here, plan);
+  for (const { family } of plan.families) {
+    const broken = (await readTables(host, plan))
+      .filter((seen) => seen.family === family)
+      .flatMap((seen) => {
+        const why = tableDrift(seen, state.printed);
+        if (why !== undefined) repaired.push(why);
+        return why === undefined ? [] : [seen.table];
+      });
+    if (broken.length > 0) await applyFamily(host, plan, family, broken);
+  }
+  if (repaired.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
+  return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };
+}
+
+async function nftDrift(
+  host: Applies,
+  state: GenerationFile,
+  tables: readonly string[],
+  repaired: string[],
+): Promise<boolean> {
+  let drift = false;
+  for (const name of tables) {
+    const now = await listNftTable(host, name);
+    if (now === state.nft[name]) continue;
+    drift = true;
+    repaired.push(`table ${name} was ${now === undefined ? "gone" : "changed"}`);
+  }
+  return drift;
+}
+
+/** Why a table has to be written again, in one sentence; undefined if it is as it should be. Pure. */
+export function tableDrift(seen: SeenTable, wanted: readonly PrintedTable[]): string | undefined {
+  const name = `${seen.table} (IPv${seen.family})`;
+  const own = wanted.find((it) => it.family === seen.family && it.table === seen.table)?.own ?? [];
+  const [first] = seen.ahead;
+  if (seen.missing.length > 0) return `${name}: the jump in ${seen.missing.join(" and ")} was missing`;
+  if (first !== undefined) {
+    return `${name}: \`${first.line}\` stood ahead of us${first.by === undefined ? "" : `, put there by ${first.by}`}`;
+  }
+  if (seen.jumps.length > new Set(seen.jumps.map((jump) => jump.line)).size)
+    return `${name}: a jump was there twice`;
+  if (own.length !== seen.own.length || own.some((line, index) => line !== seen.own[index]))
+    return `${name}: our own chains were changed`;
+  return undefined;
+}
+
+/** What `leave` can prove. */
+export interface RemoveReport {
+  /** Generations that were taken out. */
+  readonly removed: readonly string[];
+  /** Lines of ours that are still there; empty if all went well. */
+  readonly residue: readonly string[];
+  /** Everybody else's rules are what they were, line by line, counters aside. */
+  readonly foreignUnchanged: boolean;
+}
+
+/**
+ * Takes out what was applied, by the record in `rulesDir`, and then the record. Other programs' rules are not touched.
+ *
+ * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE; the record stays, so that the command can be given again
+ */
+export async function removeCapture(host: Applies, rulesDir: string): Promise<RemoveReport> {
+  const removed: string[] = [];
+  let residue: string[] = [];
+  let foreignUnchanged = true;
+  for (const link of ["trial", "confirmed"] as const) {
+    const found = await readState(host.files, rulesDir, link);
+    if (found === undefined) continue;
+    const { here, state } = found;
+    const before = await foreignLines(host, state.plan);
+    // The text that was rendered then may be older than this program; both know the same chains.
+    await undo(host, here, "now");
+    const after = await foreignLines(host, state.plan);
+    foreignUnchanged &&= before.foreign.join("\n") === after.foreign.join("\n");
+    residue = after.ours;
+    removed.push(here);
+  }
+  await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
+  if (residue.length === 0) await host.files.remove(rulesDir);
+  return { removed, residue, foreignUnchanged };
+}
+
+const OURS = new RegExp(`\\b(${Object.values(CHAIN).join("|")})\\b`);
+
+async function foreignLines(
+  host: Applies,
+  plan: CapturePlan,
+): Promise<{ foreign: string[]; ours: string[] }> {
+  const lines: string[] = [];
+  for (const { family } of plan.families) {
+    const program = plan.programs[family];
+    if (program === undefined) continue;
+    const save = await host.run({ argv: [`${program}-save`] });
+    lines.push(...withoutCounters(save.stdout));
+  }
+  // Headings of tables and policies come and go with tables that only we used.
+  const rules = lines.filter((line) => line.startsWith("-A") || / -$/.test(line));
+  return { foreign: rules.filter((line) => !OURS.test(line)), ours: rules.filter((line) => OURS.test(line)) };
+}

@@ -1,0 +1,186 @@
+import type { FamilyPlan } from "./plan.ts";
+import {
+  COMMENT_PREFIX,
+  type Family,
+  type FenceRule,
+  type Hook,
+  isHook,
+  LEASE_SECONDS,
+  type Match,
+  type Rule,
+  type Table,
+} from "./rules.ts";
+
+export const FENCE_TABLE = "inet vmmesh-fence";
+export const GUARD_PRIORITY = -120;
+
+/** One table a family, so that each has its own leases and the rules need no family match. */
+export function guardTable(family: Family): string {
+  return family === 4 ? "ip vmmesh" : "ip6 vmmesh";
+}
+
+/** A set needs a key and ours asks only "when last": this one is always 0. */
+const LEASE_KEY = "meta mark and 0";
+
+/**
+ * Priorities: the smaller runs first. Zones before iptables' raw (-300); leases before its mangle (-150) but after conntrack
+ * (-200), because a conntrack timeout needs the entry; nat before every other program's (kube-proxy and Docker use -100).
+ */
+const BASE: Readonly<Record<Table, { readonly type: string; readonly priority: number }>> = {
+  raw: { type: "filter", priority: -310 },
+  mangle: { type: "filter", priority: -155 },
+  nat: { type: "nat", priority: GUARD_PRIORITY },
+};
+
+/** The same rules once more as a table of our own, whose place no other program can take. Replaces an older one in one step. */
+export function renderGuard(plan: FamilyPlan): string {
+  const table = guardTable(plan.family);
+  const leases = new Set(
+    plan.rules.flatMap((rule) => [
+      ...rule.when.flatMap((match) => (match.is === "leased" ? [match.lease] : [])),
+      ...(rule.verdict.do === "refresh" ? [rule.verdict.lease] : []),
+    ]),
+  );
+  const lines: string[] = [];
+  for (const lease of leases) {
+    lines.push(
+      `\tset lease_${lease} { type mark; flags dynamic,timeout; timeout ${LEASE_SECONDS}s; size 16; }`,
+    );
+  }
+  if (plan.rules.some((rule) => rule.verdict.do === "forgetSoon")) {
+    const policy = `policy = { unreplied : ${LEASE_SECONDS}, replied : ${LEASE_SECONDS} };`;
+    lines.push(
+      "\tct timeout question {",
+      "\t\tprotocol udp;",
+      `\t\tl3proto ${plan.family === 4 ? "ip" : "ip6"};`,
+      `\t\t${policy}`,
+      "\t}",
+    );
+  }
+  for (const name of new Set(plan.rules.map((rule) => chainName(rule.table, rule.chain)))) {
+    const rules = plan.rules.filter((rule) => chainName(rule.table, rule.chain) === name);
+    const [first] = rules;
+    if (first === undefined) continue;
+    lines.push(`\tchain ${name} {`);
+    if (isHook(first.chain)) lines.push(`\t\t${baseChain(first.table, first.chain)}`);
+    for (const rule of rules) lines.push(`\t\t${guardRule(rule)}`);
+    lines.push("\t}");
+  }
+  return [`add table ${table}`, `delete table ${table}`, `table ${table} {`, ...lines, "}", ""].join("\n");
+}
+
+/** iptables has a name space of chains for each table, an nft table has one. */
+function chainName(table: Table, chain: string): string {
+  return `${table}_${chain}`;
+}
+
+function baseChain(table: Table, hook: Hook): string {
+  const { type, priority } = BASE[table];
+  return `type ${type} hook ${hook.toLowerCase()} priority ${priority}; policy accept;`;
+}
+
+/** The fence as one table for both families. Replaces an older one in one step. */
+export function renderFence(rules: readonly FenceRule[]): string {
+  const chain = (name: FenceRule["chain"]): string[] => {
+    const own = rules.filter((rule) => rule.chain === name);
+    if (own.length === 0) return [];
+    return [
+      `\tcounter refused_${name} { }`,
+      `\tchain ${name} {`,
+      `\t\ttype filter hook ${name} priority 10; policy accept;`,
+      ...own.flatMap((rule) => fenceRule(rule).map((line) => `\t\t${line}`)),
+      "\t}",
+    ];
+  };
+  return [
+    `add table ${FENCE_TABLE}`,
+    `delete table ${FENCE_TABLE}`,
+    `table ${FENCE_TABLE} {`,
+    ...chain("output"),
+    ...chain("input"),
+    "}",
+    "",
+  ].join("\n");
+}
+
+/** What conntrack does not track has no original destination: it is judged by the one that it carries. */
+function fenceRule(rule: FenceRule): string[] {
+  const verdict =
+    rule.verdict.do === "return" ? "return" : `counter name "refused_${rule.chain}" reject with tcp reset`;
+  const variants = rule.when.some((match) => match.is === "addressedTo") ? [true, false] : [true];
+  return variants.map((tracked) =>
+    [
+      ...(tracked ? [] : ["ct state untracked"]),
+      ...rule.when.map((match) => expression(match, tracked)),
+      verdict,
+      comment(rule.why),
+    ].join(" "),
+  );
+}
+
+function guardRule(rule: Rule): string {
+  return [...rule.when.map((match) => expression(match, true)), action(rule), comment(rule.why)].join(" ");
+}
+
+function comment(why: string): string {
+  return `comment "${COMMENT_PREFIX}${why}"`;
+}
+
+const not = (match: Match): string => ("not" in match && match.not === true ? "!= " : "");
+
+/** @see nft(8): meta, payload, ct, fib and set reference expressions */
+function expression(match: Match, tracked: boolean): string {
+  const ip = (cidr: string): string => (cidr.includes(":") ? "ip6" : "ip");
+  switch (match.is) {
+    case "protocol":
+      return `meta l4proto ${match.protocol}`;
+    case "from":
+      return `${ip(match.cidr)} saddr ${match.cidr}`;
+    case "to":
+      return `${ip(match.cidr)} daddr ${not(match)}${match.cidr}`;
+    case "addressedTo":
+      return tracked
+        ? `ct original ${ip(match.cidr)} daddr ${match.cidr}`
+        : `${ip(match.cidr)} daddr ${match.cidr}`;
+    case "in":
+      return `iifname ${not(match)}"${match.interface}"`;
+    case "out":
+      return `oifname ${not(match)}"${match.interface}"`;
+    case "fromPorts":
+      return `th sport { ${match.ports.join(", ")} }`;
+    case "toPorts":
+      return `th dport { ${match.ports.join(", ")} }`;
+    case "owner":
+      return `meta skuid ${not(match)}${match.uid}`;
+    case "toThisMachine":
+      return "fib daddr type local";
+    case "family":
+      return `meta nfproto ipv${match.family}`;
+    case "opening":
+      return "tcp flags & (fin | syn | rst | ack) == syn";
+    case "accepted":
+      return "tcp flags & (fin | syn | rst | ack) == (syn | ack)";
+    case "leased":
+      return `${LEASE_KEY} @lease_${match.lease}`;
+  }
+}
+
+function action({ table, verdict }: Rule): string {
+  switch (verdict.do) {
+    case "return":
+    case "drop":
+      return verdict.do;
+    case "reset":
+      return "reject with tcp reset";
+    case "jump":
+      return `jump ${chainName(table, verdict.chain)}`;
+    case "redirect":
+      return `counter redirect to :${verdict.port}`;
+    case "zone":
+      return `ct zone set ${verdict.zone}`;
+    case "refresh":
+      return `update @lease_${verdict.lease} { ${LEASE_KEY} timeout ${LEASE_SECONDS}s }`;
+    case "forgetSoon":
+      return 'ct timeout set "question"';
+  }
+}

@@ -1,0 +1,308 @@
+import { VmmeshError } from "../core/errors.ts";
+import type { Command, CommandResult, Host } from "../platform/host.ts";
+import {
+  diverts,
+  ownerOfChain,
+  type ParsedRule,
+  parseListeners,
+  parseRules,
+  parseSave,
+  parseSocketUnits,
+  sshPortsOf,
+} from "./parse.ts";
+import type { Backend, CapturePlan, FamilyPlan, MachineFacts } from "./plan.ts";
+import { ownChains, type SeenJump, TABLES, tableRules } from "./render.ts";
+import { COMMENT_PREFIX, type Family, HOOKS, type Table } from "./rules.ts";
+
+type Runs = Pick<Host, "run">;
+export type Reads = Pick<Host, "run" | "files">;
+
+/** The result, or undefined if the program is not installed. */
+export async function tryRun(host: Runs, command: Command): Promise<CommandResult | undefined> {
+  try {
+    return await host.run(command);
+  } catch (thrown) {
+    if (thrown instanceof VmmeshError && thrown.code === "COMMAND_MISSING") return undefined;
+    throw thrown;
+  }
+}
+
+/** Does the file of one family's registered legacy tables name this table? Asking legacy for any other one would create it. */
+export async function legacyTables(host: Pick<Host, "files">, family: Family): Promise<string[]> {
+  const text = await host.files.readText(`/proc/net/ip${family === 6 ? "6" : ""}_tables_names`);
+  return (text ?? "").split("\n").filter((name) => name !== "");
+}
+
+/** What one backend holds at the moment. */
+export interface BackendEvidence {
+  readonly installed: boolean;
+  /** Rules (`-A`), not chains: others' detectors leave empty tables behind. */
+  readonly rules: number;
+  readonly natRules: number;
+  readonly kubernetes: boolean;
+}
+
+/**
+ * Which backend to write to, and why, in words. (firewall.md, "Backend choice")
+ *
+ * @param defaultIs what the plain `iptables` says of itself; undefined: there is none
+ */
+export function chooseBackend(
+  nft: BackendEvidence,
+  legacy: BackendEvidence,
+  defaultIs: Backend | undefined,
+): { backend: Backend | undefined; why: string } {
+  if (!nft.installed && !legacy.installed)
+    return {
+      backend: defaultIs,
+      why: defaultIs === undefined ? "there is no iptables" : "the only one there is",
+    };
+  if (!legacy.installed) return { backend: "nft", why: "the only one there is" };
+  if (!nft.installed) return { backend: "legacy", why: "the only one there is" };
+  if (nft.kubernetes !== legacy.kubernetes) {
+    return { backend: nft.kubernetes ? "nft" : "legacy", why: "Kubernetes keeps its rules there" };
+  }
+  if (nft.natRules > 0 && legacy.natRules > 0)
+    return { backend: "nft", why: "both backends hold nat rules: nft, with the guard ahead of both" };
+  if (nft.rules !== legacy.rules) {
+    return {
+      backend: nft.rules > legacy.rules ? "nft" : "legacy",
+      why: "the machine's other rules are there",
+    };
+  }
+  return { backend: defaultIs ?? "nft", why: "neither holds rules, and this is what `iptables` means here" };
+}
+
+async function backendEvidence(host: Reads, backend: Backend): Promise<BackendEvidence> {
+  const program = `iptables-${backend}`;
+  const version = await tryRun(host, { argv: [program, "--version"] });
+  if (version?.code !== 0) return { installed: false, rules: 0, natRules: 0, kubernetes: false };
+  // Without -t, legacy's save prints the registered tables and registers none.
+  const save = await tryRun(host, { argv: [`${program}-save`] });
+  const tables = parseSave(save?.stdout ?? "");
+  const chains = tables.flatMap((table) => [...table.chains.keys()]);
+  return {
+    installed: true,
+    rules: tables.reduce((sum, table) => sum + table.rules.length, 0),
+    natRules: tables.find((table) => table.name === "nat")?.rules.length ?? 0,
+    kubernetes: chains.some((chain) =>
+      ["KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY", "KUBE-SERVICES"].includes(chain),
+    ),
+  };
+}
+
+/** Does the kernel take what guard and fence need? `--check` sends the tables to the kernel and commits nothing (nft(8)). */
+const NFT_PROBE = `table inet vmmesh-probe {
+	chain refuse { type filter hook output priority 10; policy accept;
+		ct original ip daddr 192.0.2.0/24 meta skuid 1 reject with tcp reset
+	}
+}
+table ip vmmesh-probe {
+	set lease { type mark; flags dynamic,timeout; timeout 3s; size 16; }
+	chain guard { type nat hook output priority -120; policy accept;
+		meta mark and 0 @lease fib daddr type local tcp dport 1 redirect to :1
+	}
+}
+`;
+const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
+	ct timeout question {
+		protocol udp;
+		l3proto ip;
+		policy = { unreplied : 3, replied : 3 };
+	}
+}
+`;
+
+/**
+ * What decides how a wish becomes rules on this machine. Writes nothing, registers no legacy table.
+ *
+ * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN
+ */
+export async function readMachine(host: Reads): Promise<MachineFacts> {
+  const [nft, legacy, plain, probe, timeouts, sshPorts] = await Promise.all([
+    backendEvidence(host, "nft"),
+    backendEvidence(host, "legacy"),
+    tryRun(host, { argv: ["iptables", "--version"] }),
+    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE }),
+    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_TIMEOUT_PROBE }),
+    readSshPorts(host),
+  ]);
+  if (probe !== undefined && /Operation not permitted/.test(probe.stderr)) {
+    throw new VmmeshError("RULES_PRIVILEGE", "the firewall cannot be read without CAP_NET_ADMIN", {
+      cause: new Error(probe.stderr.trim().split("\n")[0]),
+      next: "Run the command as root, in the network namespace of the machine itself.",
+    });
+  }
+  const defaultIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
+  const { backend, why } = chooseBackend(nft, legacy, defaultIs);
+  const named = backend !== undefined && (backend === "nft" ? nft : legacy).installed;
+  const ip4 = backend === undefined ? undefined : named ? `iptables-${backend}` : "iptables";
+  const ip6 = backend === undefined ? undefined : named ? `ip6tables-${backend}` : "ip6tables";
+  const ip6Works = ip6 !== undefined && (await tryRun(host, { argv: [ip6, "--version"] }))?.code === 0;
+  return {
+    backend,
+    backendWhy: why,
+    programs: { 4: ip4, 6: ip6Works ? ip6 : undefined },
+    nft: probe?.code === 0,
+    dnsTimeouts: timeouts?.code === 0,
+    sshPorts,
+  };
+}
+
+/** Ports on which sshd really listens; 22 if nobody can say. */
+export async function readSshPorts(host: Reads): Promise<number[]> {
+  const [sockets, units] = await Promise.all([
+    tryRun(host, { argv: ["ss", "-ltnpH"] }),
+    tryRun(host, { argv: ["systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket"] }),
+  ]);
+  const ports = sshPortsOf(parseListeners(sockets?.stdout ?? ""), parseSocketUnits(units?.stdout ?? ""));
+  return ports.length > 0 ? ports : [22];
+}
+
+/** Our part of one table of one family, as printed. */
+export interface SeenTable {
+  readonly family: Family;
+  readonly table: Table;
+  /** Rules of our own chains, in order, as `iptables -S CHAIN` prints them. */
+  readonly own: readonly string[];
+  /** Jumps from the hooks to our chains. */
+  readonly jumps: readonly SeenJump[];
+  /** For each hook that should jump to us: the first rule before our jump that can divert a packet. */
+  readonly ahead: readonly Ahead[];
+  /** Hooks that should have a jump and have none. */
+  readonly missing: readonly string[];
+}
+
+export interface Ahead {
+  readonly hook: string;
+  readonly line: string;
+  /** Name of the program whose chain it is. */
+  readonly by: string | undefined;
+  readonly position: number;
+}
+
+/** `-S CHAIN`; empty if there is no such chain, or (legacy) no such table. */
+export async function readChain(
+  host: Reads,
+  plan: Pick<CapturePlan, "backend" | "programs">,
+  family: Family,
+  table: Table,
+  chain: string,
+): Promise<ParsedRule[]> {
+  const program = plan.programs[family];
+  if (program === undefined) return [];
+  if (plan.backend === "legacy" && !(await legacyTables(host, family)).includes(table)) return [];
+  const wait = plan.backend === "legacy" ? ["-w", "5"] : [];
+  const result = await host.run({ argv: [program, ...wait, "-t", table, "-S", chain] });
+  if (result.code === 4 || result.code === 3) throw refused(result, `${program} -t ${table} -S ${chain}`);
+  return result.code === 0 ? parseRules(result.stdout) : [];
+}
+
+/** What of the plan is in the kernel's iptables now. A few milliseconds a chain, whatever other rules there are. */
+export async function readTables(host: Reads, plan: CapturePlan): Promise<SeenTable[]> {
+  if (plan.backend === undefined) return [];
+  const seen: SeenTable[] = [];
+  for (const wanted of plan.families) {
+    if (plan.programs[wanted.family] === undefined) continue;
+    for (const table of TABLES) {
+      if (tableRules(wanted, table).length > 0) seen.push(await readTable(host, plan, wanted, table));
+    }
+  }
+  return seen;
+}
+
+async function readTable(
+  host: Reads,
+  plan: CapturePlan,
+  wanted: FamilyPlan,
+  table: Table,
+): Promise<SeenTable> {
+  const { family } = wanted;
+  const chains = ownChains(wanted, table);
+  const own: string[] = [];
+  for (const chain of chains)
+    own.push(...(await readChain(host, plan, family, table, chain)).map((rule) => rule.line));
+  const jumps: SeenJump[] = [];
+  const ahead: Ahead[] = [];
+  const missing: string[] = [];
+  for (const hook of HOOKS) {
+    const rules = await readChain(host, plan, family, table, hook);
+    const ours = rules.filter((rule) => rule.target !== undefined && chains.includes(rule.target));
+    jumps.push(...ours.map((rule) => ({ table, line: rule.line })));
+    if (!tableRules(wanted, table).some((rule) => rule.chain === hook)) continue;
+    const first = rules.findIndex((rule) => ours.includes(rule));
+    if (first < 0) missing.push(hook);
+    for (const [index, rule] of rules.slice(0, Math.max(first, 0)).entries()) {
+      const by = await divertingOwner(host, plan, family, table, rule, 0);
+      if (by === false) continue;
+      ahead.push({ hook, line: rule.line, by: by === "" ? undefined : by, position: index + 1 });
+      break;
+    }
+  }
+  return { family, table, own, jumps, ahead, missing };
+}
+
+/** Chains whose content need not be read (KUBE-SERVICES can have thousands of rules): they exist to divert. */
+const KNOWN_DIVERTERS = new Set(["KUBE-SERVICES", "DOCKER", "DOCKER_OUTPUT"]);
+const MAX_DEPTH = 5;
+
+/** false if the rule can keep no packet from us; else the program whose chain it is, empty if unknown. */
+async function divertingOwner(
+  host: Reads,
+  plan: CapturePlan,
+  family: Family,
+  table: Table,
+  rule: ParsedRule,
+  depth: number,
+): Promise<string | false> {
+  const kind = diverts(rule);
+  if (kind === "no") return false;
+  const chain = rule.target ?? "";
+  if (kind === "yes" || depth >= MAX_DEPTH || KNOWN_DIVERTERS.has(chain))
+    return ownerOfChain(chain) ?? ownerOfChain(rule.chain) ?? "";
+  for (const inner of await readChain(host, plan, family, table, chain)) {
+    const by = await divertingOwner(host, plan, family, table, inner, depth + 1);
+    if (by !== false) return by === "" ? (ownerOfChain(chain) ?? "") : by;
+  }
+  return false;
+}
+
+/** Rules in chains of our names that do not carry our comment: somebody else's istio-iptables. */
+export function foreignIstio(seen: readonly SeenTable[]): string[] {
+  return seen.flatMap((table) =>
+    table.own
+      .filter((line) => !line.includes(`"${COMMENT_PREFIX}`))
+      .map((line) => `${table.table} (IPv${table.family}): ${line}`),
+  );
+}
+
+/** A table of ours as nft prints it, without counters and set elements; undefined if it is not there. */
+export async function listNftTable(host: Runs, table: string): Promise<string | undefined> {
+  const result = await tryRun(host, { argv: ["nft", "-s", "-t", "list", "table", ...words(table)] });
+  return result?.code === 0 ? result.stdout : undefined;
+}
+
+function words(table: string): string[] {
+  return table.split(" ");
+}
+
+/** A refusal of the kernel as an error that says what to do. @see iptables(8) exit codes; 4 is resource, permission or lock */
+export function refused(result: CommandResult, what: string): VmmeshError {
+  const reason = result.stderr
+    .trim()
+    .split("\n")
+    .filter((line) => !line.startsWith("#"))
+    .slice(0, 3)
+    .join("; ");
+  const cause = new Error(reason === "" ? `exit code ${result.code}` : reason);
+  if (/permission denied|not permitted|must be root|can't open lock file/i.test(reason)) {
+    return new VmmeshError("RULES_PRIVILEGE", `\`${what}\` is not allowed here`, {
+      cause,
+      next: "Run the command as root, in the network namespace of the machine itself.",
+    });
+  }
+  return new VmmeshError("RULES_REJECTED", `\`${what}\` was refused by the kernel`, {
+    cause,
+    next: "Run `vmmesh iptables audit` to see which tables are in force, then send its output with the bug report.",
+  });
+}

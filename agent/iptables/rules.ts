@@ -1,0 +1,117 @@
+import { PORTS } from "../core/paths.ts";
+
+/**
+ * The vocabulary of the firewall. A rule is a value that carries its reason; `render.ts` (iptables), `nft.ts` (guard and
+ * fence), undo, audit and `describePlan` are functions over it. `do: "mark"`, TPROXY and cgroup matches will be new members
+ * of these unions: the switches over them are exhaustive, so the compiler names every place that has to know.
+ */
+export type Family = 4 | 6;
+export type Table = "raw" | "mangle" | "nat";
+
+/** Built-in chains that we hook into; every other chain name is one of ours. */
+export const HOOKS = ["PREROUTING", "OUTPUT"] as const;
+export type Hook = (typeof HOOKS)[number];
+
+/** Istio's names where Istio has one, so that tools and people recognise them (VM protocol, ch. 7.2). */
+export const CHAIN = {
+  output: "ISTIO_OUTPUT",
+  dns: "ISTIO_OUTPUT_DNS",
+  redirect: "ISTIO_REDIRECT",
+  inbound: "ISTIO_INBOUND",
+  inRedirect: "ISTIO_IN_REDIRECT",
+  lease: "VMMESH_LEASE",
+} as const;
+
+/**
+ * A lease says "this server answered within the last 3 s"; a redirect that carries it lapses with it. `envoy` is kept by
+ * the SYN-ACKs to Envoy's own health check, `dns` by the agent's answers. Each address family has its own.
+ */
+export type Lease = "envoy" | "dns";
+export const LEASE_SECONDS = 3;
+
+/** Where Envoy's health check connects to: an address that nothing else uses, on its outbound listener. */
+export const LEASE_ADDRESS: Readonly<Record<Family, string>> = { 4: "127.77.0.1", 6: "::6" };
+/** Source address of Envoy's inbound connections to the application and of the agent's probes (ch. 7.2, Appendix D). */
+export const PASSTHROUGH: Readonly<Record<Family, string>> = { 4: "127.0.0.6", 6: "::6" };
+export const LOOPBACK: Readonly<Record<Family, string>> = { 4: "127.0.0.0/8", 6: "::1/128" };
+/** What REDIRECT in OUTPUT writes as the new destination (nf_nat_redirect.c). */
+export const REDIRECTED_TO: Readonly<Record<Family, string>> = { 4: "127.0.0.1", 6: "::1" };
+
+export type Match =
+  | { readonly is: "protocol"; readonly protocol: "tcp" | "udp" }
+  | { readonly is: "from"; readonly cidr: string }
+  | { readonly is: "to"; readonly cidr: string; readonly not?: true }
+  /** Destination before any NAT, whether the packet is tracked or not. */
+  | { readonly is: "addressedTo"; readonly cidr: string }
+  | { readonly is: "in" | "out"; readonly interface: string; readonly not?: true }
+  | { readonly is: "fromPorts" | "toPorts"; readonly ports: readonly number[] }
+  | { readonly is: "owner"; readonly uid: number; readonly not?: true }
+  /** The destination is an address of this machine: forwarded packets of containers are none of our business. */
+  | { readonly is: "toThisMachine" }
+  /** For the fence, whose table serves both families. */
+  | { readonly is: "family"; readonly family: Family }
+  /** First segment of a TCP connection (`--syn`): a live one that conntrack meets in the middle is never redirected. */
+  | { readonly is: "opening" }
+  /** Second segment (SYN and ACK): a listener is bound. */
+  | { readonly is: "accepted" }
+  | { readonly is: "leased"; readonly lease: Lease };
+
+export type Verdict =
+  | { readonly do: "return" }
+  | { readonly do: "drop" }
+  /** TCP reset: the application fails at once instead of waiting. */
+  | { readonly do: "reset" }
+  | { readonly do: "jump"; readonly chain: string }
+  | { readonly do: "redirect"; readonly port: number }
+  /** Conntrack zone; the first one that a packet gets stays. */
+  | { readonly do: "zone"; readonly zone: number }
+  | { readonly do: "refresh"; readonly lease: Lease }
+  /** A short conntrack lifetime, so that a retrying socket is not pinned to a server that has gone. nft only. */
+  | { readonly do: "forgetSoon" };
+
+export interface Rule {
+  readonly table: Table;
+  readonly chain: string;
+  readonly when: readonly Match[];
+  readonly verdict: Verdict;
+  /** Becomes the netfilter comment `vmmesh: …` and the rule's line in `plan` and `audit`: ASCII, at most 110 characters. */
+  readonly why: string;
+  /** iptables has no such target: the rule is in the guard only. */
+  readonly guardOnly?: true;
+}
+
+/** A rule of the fence: filter hooks of a table of its own, both families. */
+export interface FenceRule {
+  readonly chain: "output" | "input";
+  readonly when: readonly Match[];
+  readonly verdict: { readonly do: "return" } | { readonly do: "reset" };
+  readonly why: string;
+}
+
+/** nft keeps 127 bytes of a comment, netfilter's comment match 255; one text serves both. */
+export const MAX_WHY = 110;
+export const COMMENT_PREFIX = "vmmesh: ";
+
+/** Our own listeners: never captured, neither from outside nor through loopback. */
+export const OWN_PORTS: readonly number[] = [
+  PORTS.outbound,
+  PORTS.inbound,
+  PORTS.status,
+  PORTS.readiness,
+  PORTS.dns,
+  PORTS.envoyPrometheus,
+];
+
+export const TCP: Match = { is: "protocol", protocol: "tcp" };
+export const UDP: Match = { is: "protocol", protocol: "udp" };
+export const OPENING: Match = { is: "opening" };
+
+/** `1.2.3.4` → `1.2.3.4/32`: the form in which iptables prints it back. */
+export function hostCidr(address: string, family: Family): string {
+  return address.includes("/") ? address : `${address}/${family === 4 ? 32 : 128}`;
+}
+
+/** Does `chain` belong to the kernel's hooks rather than to us? */
+export function isHook(chain: string): chain is Hook {
+  return (HOOKS as readonly string[]).includes(chain);
+}

@@ -1,0 +1,118 @@
+import { FENCE_TABLE, guardTable } from "./nft.ts";
+import type { CapturePlan, FamilyPlan } from "./plan.ts";
+import { ownChains } from "./render.ts";
+import { type Family, HOOKS, PASSTHROUGH, type Table } from "./rules.ts";
+
+/** nat first: as long as a redirect is there, the leases and zones that it relies on are there too. */
+const UNDO_ORDER: readonly Table[] = ["nat", "mangle", "raw"];
+
+/**
+ * The inverse of a plan as a POSIX shell script, rendered before anything is applied. It never restores a snapshot (that
+ * would erase what kube-proxy wrote meanwhile): it empties and deletes our chains and the jumps to them that it finds, one
+ * transaction a table, so it works on whatever is left. Jumps are fed back as printed, through iptables-restore, never
+ * through the shell: a foreign rule's comment is data.
+ *
+ * `undo.sh now` runs at once; `undo.sh trial` and `undo.sh after SECONDS` only if this generation is still the trial: the
+ * rename that claims it is the same that `confirm` needs, so exactly one of the two succeeds.
+ */
+export function renderUndoScript(plan: CapturePlan): string {
+  const families = plan.families.filter(
+    ({ family }) => plan.backend !== undefined && plan.programs[family] !== undefined,
+  );
+  return [
+    "#!/bin/sh",
+    "# vmmesh: takes the rules of this generation out again. Needs no Node.",
+    'here=$(cd "$(dirname "$0")" && pwd -P)',
+    'rules=$(dirname "$here")',
+    'mode="$1"',
+    'if [ "$mode" = after ]; then',
+    '  exec </dev/null >>"$here/undo.log" 2>&1',
+    '  sleep "$2"',
+    "fi",
+    'if [ "$mode" != now ]; then',
+    '  [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0',
+    '  mv -fT "$rules/trial" "$rules/undone" || exit 0',
+    "fi",
+    ...(plan.guard
+      ? [
+          "nft -f - <<'END'",
+          ...[...(["ip vmmesh", "ip6 vmmesh", FENCE_TABLE] as const)].flatMap((table) => [
+            `add table ${table}`,
+            `delete table ${table}`,
+          ]),
+          "END",
+        ]
+      : []),
+    "failed=0",
+    `[ ! -e "$here/made.address" ] || ip -6 addr del ${PASSTHROUGH[6]}/128 dev lo || true`,
+    ...families.flatMap((wanted) =>
+      UNDO_ORDER.filter((table) => ownChains(wanted, table).length > 0).flatMap((table) =>
+        undoTable(plan, wanted, table),
+      ),
+    ),
+    // A former generation was confirmed: it comes back with the texts that were rendered for it.
+    'if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then',
+    ...families.map(
+      ({ family }) => `  ${restore(plan, family)} <"$rules/confirmed/ipv${family}.rules" || failed=1`,
+    ),
+    ...(plan.guard
+      ? [
+          "  for file in guard fence; do",
+          '    [ ! -e "$rules/confirmed/$file.nft" ] || nft -f "$rules/confirmed/$file.nft" || failed=1',
+          "  done",
+        ]
+      : []),
+    "fi",
+    "exit $failed",
+    "",
+  ].join("\n");
+}
+
+/** Program and options that feed one text to the kernel. */
+function restore(plan: CapturePlan, family: Family): string {
+  return restoreCommand(plan, family).join(" ");
+}
+
+/**
+ * `iptables-restore --noflush`; legacy waits for the lock that all its users share (nft needs none).
+ * @see iptables-restore(8), -w since 1.6.2
+ */
+export function restoreCommand(
+  plan: Pick<CapturePlan, "backend" | "programs">,
+  family: Family,
+): readonly [string, ...string[]] {
+  return [`${plan.programs[family]}-restore`, "--noflush", ...(plan.backend === "legacy" ? ["-w", "5"] : [])];
+}
+
+function undoTable(plan: CapturePlan, wanted: FamilyPlan, table: Table): string[] {
+  const { family } = wanted;
+  const program = plan.programs[family];
+  const chains = ownChains(wanted, table);
+  const toOurs = `s/^-A \\(.* -j \\(${chains.join("\\|")}\\)\\)$/-D \\1/p`;
+  const nftFamily = family === 4 ? "ip" : "ip6";
+  return [
+    "{",
+    `  echo '*${table}'`,
+    ...chains.map((chain) => `  echo ':${chain} - [0:0]'`),
+    ...HOOKS.map((hook) => `  ${program} -t ${table} -S ${hook} | sed -n '${toOurs}'`),
+    ...chains.map((chain) => `  echo '-X ${chain}'`),
+    "  echo COMMIT",
+    `} | ${restore(plan, family)} || failed=1`,
+    ...(plan.backend === "nft"
+      ? [
+          "# The table was not there before us: it goes if nobody else has put anything into it.",
+          `if [ -e "$here/made.${nftFamily}.${table}" ] && ! ${program}-save -t ${table} | grep -q '^-A\\|^:[^ ]* - \\|incompatible'; then`,
+          `  nft delete table ${nftFamily} ${table}`,
+          "fi",
+        ]
+      : []),
+  ];
+}
+
+/** The guard tables and the fence, as `nft list table` names them. */
+export function nftTables(plan: CapturePlan): string[] {
+  return [
+    ...(plan.guard ? plan.families.map(({ family }) => guardTable(family)) : []),
+    ...(plan.fence.length > 0 ? [FENCE_TABLE] : []),
+  ];
+}

@@ -1,0 +1,319 @@
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+
+let lab: Lab;
+beforeEach(async () => {
+  lab = await Lab.make();
+});
+afterEach(async () => {
+  await lab[Symbol.asyncDispose]();
+});
+
+const options = () => ({ confirmWithinMs: 30_000, rulesDir: lab.rulesDir, unit: "detached" as const });
+
+async function install(wish = WISH) {
+  const trial = await applyPlan(lab.host, await lab.rendered(wish), options());
+  await trial.confirm();
+  return trial;
+}
+
+/** Until the first health check has been answered, captured traffic outside the mesh is direct. */
+async function leased(): Promise<void> {
+  await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
+  await eventually(async () => (await lab.dial(UID.app, REMOTE.ip6, 80)) === "ENVOY-OUT", 5000);
+}
+
+describe("capture, both families", () => {
+  test("who reaches whom", async () => {
+    await lab.populate();
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("DIRECT");
+    const trial = await install();
+    console.log(`applied in ${trial.appliedInMs.toFixed(0)} ms`);
+    await leased();
+    const from = { app: UID.app, root: 0, envoy: UID.envoy, agent: UID.agent };
+    const rows = [
+      ["an application to a service", from.app, SERVICE.ip, 80, "ENVOY-OUT"],
+      ["an application to a service, IPv6", from.app, SERVICE.ip6, 80, "ENVOY-OUT"],
+      ["root to a service", from.root, SERVICE.ip, 80, "ENVOY-OUT"],
+      ["an application to a stranger", from.app, REMOTE.ip, 80, "ENVOY-OUT"],
+      ["Envoy to a service", from.envoy, SERVICE.ip, 80, "DIRECT"],
+      ["Envoy to a service, IPv6", from.envoy, SERVICE.ip6, 80, "DIRECT"],
+      ["the agent to a service", from.agent, SERVICE.ip, 80, "DIRECT"],
+      ["an application to its own machine", from.app, MACHINE.ip, 9000, "APP"],
+      ["an application to loopback", from.app, "127.0.0.1", 9000, "APP"],
+      ["Envoy to its own machine comes in as inbound", from.envoy, MACHINE.ip, 9000, "ENVOY-IN"],
+      ["Envoy to its own machine comes in as inbound, IPv6", from.envoy, MACHINE.ip6, 9000, "ENVOY-IN"],
+      ["Envoy to a port that is not declared", from.envoy, MACHINE.ip, 9001, "OTHER"],
+      ["Envoy to its application on loopback", from.envoy, "127.0.0.1", 9000, "APP"],
+    ] as const;
+    for (const [name, uid, address, port, want] of rows)
+      expect.soft(await lab.dial(uid, address, port), name).toBe(want);
+    const outside = [
+      ["a declared port", MACHINE.ip, 9000, "ENVOY-IN"],
+      ["a declared port, IPv6", MACHINE.ip6, 9000, "ENVOY-IN"],
+      ["sshd", MACHINE.ip, 22, "SSHD"],
+      ["sshd, IPv6", MACHINE.ip6, 22, "SSHD"],
+      ["a port that is not declared", MACHINE.ip, 9001, "OTHER"],
+    ] as const;
+    for (const [name, address, port, want] of outside) {
+      expect.soft(await lab.dial(UID.app, address, port, lab.world), `from outside: ${name}`).toBe(want);
+    }
+  });
+
+  test("applied twice, and loaded twice, is applied once", async () => {
+    await install();
+    const once = await lab.firewall();
+    expect(await loadConfirmed(lab.host, lab.rulesDir)).toMatchObject({ state: "in place", repaired: [] });
+    await install();
+    expect(await lab.firewall()).toEqual(once);
+  });
+});
+
+/** What kube-proxy writes in iptables mode, put ahead of everybody. */
+const KUBE_PREPEND = `iptables-nft-restore --noflush <<'END'
+*nat
+:KUBE-SERVICES - [0:0]
+-A KUBE-SERVICES -d ${SERVICE.ip}/32 -p tcp -m tcp --dport 80 -j DNAT --to-destination ${REMOTE.ip}:8080
+-I OUTPUT 1 -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+COMMIT
+END`;
+
+/** What kube-proxy does at each start in nftables mode: its base chains are made anew, so they run before older ones of their priority. */
+const KUBE_NFT = `nft -f - <<'END'
+add table ip kube-proxy
+delete table ip kube-proxy
+table ip kube-proxy {
+  chain nat-output { type nat hook output priority -100; policy accept;
+    ip daddr ${SERVICE.ip} tcp dport 80 dnat to ${REMOTE.ip}:8080
+  }
+}
+END`;
+
+describe("other owners of the firewall", () => {
+  test("KUBE-SERVICES put ahead of us: the guard captures, and repair puts the order right", async () => {
+    await lab.populate();
+    await install();
+    await lab.insideShell(KUBE_PREPEND);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await lab.dial(UID.envoy, SERVICE.ip, 80)).toBe("POD");
+    const report = await loadConfirmed(lab.host, lab.rulesDir);
+    expect(report.repaired).toHaveLength(1);
+    expect(report.repaired[0]).toContain("put there by kube-proxy");
+    expect((await lab.insideShell("iptables-nft -t nat -S OUTPUT | grep ^-A")).split("\n")[0]).toContain(
+      "ISTIO_OUTPUT",
+    );
+  });
+
+  test("an nft nat chain of the same priority, registered last: the guard captures", async () => {
+    await lab.populate();
+    await install();
+    await lab.insideShell(KUBE_NFT);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await lab.dial(UID.envoy, SERVICE.ip, 80)).toBe("POD");
+  });
+
+  test("nat flushed and the guard gone: the fence refuses, nothing leaks, repair brings all back", async () => {
+    await lab.populate();
+    await install();
+    const before = await lab.firewall();
+    await lab.insideShell(
+      "iptables-nft -t nat -F; ip6tables-nft -t nat -F; nft delete table ip vmmesh; nft delete table ip6 vmmesh",
+    );
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+    expect(await lab.dial(UID.app, SERVICE.ip6, 80)).toBe("refused");
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+    expect(await lab.dial(UID.app, MACHINE.ip6, 9000, lab.world)).toBe("refused");
+    expect(await lab.dial(UID.envoy, SERVICE.ip, 80)).toBe("DIRECT");
+    expect(await lab.dial(UID.app, MACHINE.ip, 22, lab.world)).toBe("SSHD");
+    const report = await loadConfirmed(lab.host, lab.rulesDir);
+    expect(report.state).toBe("repaired");
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await lab.firewall()).toEqual(before);
+  });
+
+  test("nat flushed: the guard alone captures", async () => {
+    await lab.populate();
+    await install();
+    await lab.insideShell("iptables-nft -t nat -F; ip6tables-nft -t nat -F");
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await lab.dial(UID.app, MACHINE.ip6, 9000, lab.world)).toBe("ENVOY-IN");
+  });
+
+  test("the whole ruleset flushed: repair brings ours back", async () => {
+    await lab.populate();
+    await install();
+    const before = await lab.firewall();
+    await lab.insideShell("nft flush ruleset");
+    await loadConfirmed(lab.host, lab.rulesDir);
+    expect(await lab.firewall()).toEqual(before);
+  });
+});
+
+describe("leases", () => {
+  test("Envoy frozen: the mesh stays closed, other traffic goes direct after 3 s, and comes back", async () => {
+    const { envoy } = await lab.populate();
+    await install();
+    await leased();
+    const frozenAt = performance.now();
+    await lab.insideShell("for f in /proc/[0-9]*/status; do :; done");
+    signalTree(envoy, "SIGSTOP");
+    await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
+    console.log(`frozen → direct in ${((performance.now() - frozenAt) / 1000).toFixed(2)} s`);
+    expect(await lab.dial(UID.app, REMOTE.ip6, 80)).toBe("DIRECT");
+    signalTree(envoy, "SIGCONT");
+    const back = await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
+    console.log(`back in ${(back / 1000).toFixed(2)} s`);
+  });
+
+  test("Envoy killed: the mesh and declared ports are refused, other traffic goes direct", async () => {
+    const { envoy } = await lab.populate();
+    await install();
+    await leased();
+    signalTree(envoy, "SIGKILL");
+    await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+    expect(await lab.dial(UID.app, SERVICE.ip6, 80)).toBe("refused");
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+  });
+
+  test("the same by iptables alone, where there is no nft", async () => {
+    const { envoy } = await lab.populate();
+    await install();
+    await lab.insideShell(
+      "nft delete table ip vmmesh; nft delete table ip6 vmmesh; nft delete table inet vmmesh-fence",
+    );
+    await leased();
+    signalTree(envoy, "SIGSTOP");
+    await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
+    expect(await lab.dial(UID.app, REMOTE.ip6, 80)).toBe("DIRECT");
+    signalTree(envoy, "SIGCONT");
+    await leased();
+  });
+
+  test("names: the agent answers while it lives, the real resolver otherwise", async () => {
+    await lab.populate();
+    await lab.serve(lab.world, UID.app, {
+      tcp: [[REMOTE.ip, 53, "RESOLVER"]],
+      udp: [[REMOTE.ip, 53, "RESOLVER"]],
+    });
+    const agent = await lab.serve(lab.machine, UID.agent, {
+      tcp: [["127.0.0.1", 15053, "AGENT"]],
+      udp: [["127.0.0.1", 15053, "AGENT"]],
+      question: [["127.0.0.1", 15053]],
+    });
+    await install({ ...WISH, dns: { servers: [REMOTE.ip] } });
+    await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
+    expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("AGENT");
+    expect(await lab.ask(UID.agent, REMOTE.ip, 53)).toBe("RESOLVER");
+    signalTree(agent, "SIGSTOP");
+    const lapse = await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "RESOLVER", 8000);
+    console.log(`agent frozen → resolver in ${(lapse / 1000).toFixed(2)} s`);
+    expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("RESOLVER");
+    signalTree(agent, "SIGCONT");
+    await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
+  });
+});
+
+describe("commit-confirm", () => {
+  test("nobody confirms: the timer takes everything out, without Node", async () => {
+    await lab.populate();
+    const before = await lab.firewall();
+    await applyPlan(lab.host, await lab.rendered(WISH), { ...options(), confirmWithinMs: 1500 });
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    const out = await eventually(async () => (await lab.dial(UID.app, SERVICE.ip, 80)) === "DIRECT", 6000);
+    console.log(`taken back after ${(out / 1000).toFixed(2)} s`);
+    await eventually(async () => JSON.stringify(await lab.firewall()) === JSON.stringify(before), 3000);
+  });
+
+  test("confirmed too late is an error, and nothing is kept", async () => {
+    const trial = await applyPlan(lab.host, await lab.rendered(WISH), { ...options(), confirmWithinMs: 300 });
+    await eventually(
+      async () => (await lab.host.files.readLink(`${lab.rulesDir}/trial`)) === undefined,
+      5000,
+    );
+    await expect(trial.confirm()).rejects.toMatchObject({ code: "RULES_NOT_CONFIRMED" });
+    expect(await loadConfirmed(lab.host, lab.rulesDir)).toMatchObject({ state: "nothing confirmed" });
+  });
+
+  test("a second trial has to wait for the first", async () => {
+    const trial = await applyPlan(lab.host, await lab.rendered(WISH), options());
+    await expect(applyPlan(lab.host, await lab.rendered(WISH), options())).rejects.toMatchObject({
+      code: "BUSY",
+    });
+    await trial.rollBack();
+  });
+
+  test("a trial over confirmed rules goes back to them", async () => {
+    await lab.populate();
+    await install();
+    const before = await lab.firewall();
+    const trial = await applyPlan(
+      lab.host,
+      await lab.rendered({ ...WISH, inbound: { kind: "ports", ports: [9001] } }),
+      options(),
+    );
+    expect(await lab.dial(UID.app, MACHINE.ip, 9001, lab.world)).toBe("ENVOY-IN");
+    await trial.rollBack();
+    expect(await lab.dial(UID.app, MACHINE.ip, 9001, lab.world)).toBe("OTHER");
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("ENVOY-IN");
+    expect(await lab.firewall()).toEqual(before);
+  });
+
+  test("connections that were open stay open, through install and removal", async () => {
+    await lab.populate();
+    const ssh = await lab.hold(lab.world, UID.app, MACHINE.ip, 22);
+    const declared = await lab.hold(lab.world, UID.app, MACHINE.ip, 9000);
+    const outbound = await lab.hold(lab.machine, UID.app, SERVICE.ip, 80);
+    const outbound6 = await lab.hold(lab.machine, UID.app, SERVICE.ip6, 80);
+    await install();
+    for (const held of [ssh, declared, outbound, outbound6]) expect(await held.alive()).toBe("still there");
+    await removeCapture(lab.host, lab.rulesDir);
+    for (const held of [ssh, declared, outbound, outbound6]) expect(await held.alive()).toBe("still there");
+  });
+});
+
+describe("removal", () => {
+  test("what is left is what was there, with the rules of others in between", async () => {
+    await lab.populate();
+    await lab.insideShell(KUBE_PREPEND);
+    await lab.insideShell(KUBE_NFT);
+    await lab.insideShell(
+      "iptables-nft -t mangle -A OUTPUT -m comment --comment 'a $(touch /tmp/vmmesh-netns-bad) b' -j MARK --set-mark 0x10",
+    );
+    const before = await lab.firewall();
+    await install();
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({
+      residue: [],
+      foreignUnchanged: true,
+    });
+    expect(await lab.firewall()).toEqual(before);
+    expect(await lab.host.files.stat(lab.rulesDir)).toBeUndefined();
+    expect((await lab.inside(["ip", "-6", "addr", "show", "dev", "lo"])).stdout).not.toContain("::6/");
+  });
+
+  test("somebody else took parts out already", async () => {
+    const before = await lab.firewall();
+    await install();
+    await lab.insideShell(
+      "iptables-nft -t nat -F; iptables-nft -t nat -X ISTIO_REDIRECT; nft delete table ip vmmesh; ip6tables-nft -t raw -F",
+    );
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({ residue: [] });
+    expect(await lab.firewall()).toEqual(before);
+  });
+
+  test("removed twice is removed once", async () => {
+    await install();
+    await removeCapture(lab.host, lab.rulesDir);
+    expect(await removeCapture(lab.host, lab.rulesDir)).toEqual({
+      removed: [],
+      residue: [],
+      foreignUnchanged: true,
+    });
+  });
+});
+
+/** `ip netns exec` replaces itself, so the child is the peer. */
+function signalTree(child: { readonly pid?: number | undefined }, signal: NodeJS.Signals): void {
+  if (child.pid !== undefined) process.kill(child.pid, signal);
+}
