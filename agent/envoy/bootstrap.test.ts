@@ -75,7 +75,12 @@ describe("which statistics stay", () => {
       stat: "cluster.outbound|80||a.b;.ssl.fail_verify_san",
       want: true,
     },
-    { name: "the way to the agent, all of it", stat: "cluster.xds-grpc;.http2.tx_reset", want: true },
+    { name: "requests to the control plane", stat: "cluster.xds-grpc;.upstream_cx_active", want: true },
+    {
+      name: "the main thread's share of admin",
+      stat: "listener.admin.main_thread.downstream_cx_active",
+      want: false,
+    },
     { name: "a service's HTTP/2 internals", stat: "cluster.outbound|80||a.b;.http2.tx_reset", want: false },
     {
       name: "a service's retry budget",
@@ -101,6 +106,11 @@ describe("which statistics stay", () => {
       want: false,
     },
     { name: "requests that came in", stat: "http.inbound_0.0.0.0_9080;.downstream_rq_2xx", want: true },
+    {
+      name: "how a service's routes were received",
+      stat: "http.outbound_10.96.0.10_80;.rds.a.b:80.update_success",
+      want: false,
+    },
     { name: "bytes past the mesh", stat: "tcp.PassthroughCluster.downstream_cx_rx_bytes_total", want: true },
     { name: "what readiness asks for", stat: "listener_manager.lds.update_rejected", want: true },
     { name: "Envoy itself", stat: "server.days_until_first_cert_expiring", want: true },
@@ -141,6 +151,14 @@ describe("names and tags of statistics", () => {
       want: {
         name: "http.downstream_rq",
         tags: { http_conn_manager_prefix: "inbound_0.0.0.0_9080", response_code_class: "2xx" },
+      },
+    },
+    {
+      name: "denied by policy",
+      stat: "http.inbound_0.0.0.0_9080;.rbac.denied",
+      want: {
+        name: "http.rbac",
+        tags: { http_conn_manager_prefix: "inbound_0.0.0.0_9080", authz_enforce_result: "denied" },
       },
     },
     {

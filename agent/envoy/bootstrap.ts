@@ -216,7 +216,7 @@ function renderRuntime(overlay: Readonly<Record<string, string>>): Json {
  */
 const CLUSTER_STATS = [
   String.raw`upstream_rq_(?:total|active|pending_active|pending_overflow|timeout|per_try_timeout|retry|retry_success|rx_reset|tx_reset|completed|time|\d\d\d|\dxx)`,
-  "upstream_cx_(?:total|active|connect_fail|connect_timeout|connect_ms|overflow|rx_bytes_total|tx_bytes_total|destroy_with_active_rq)",
+  "upstream_cx_(?:total|active|connect_fail|connect_timeout|overflow|rx_bytes_total|tx_bytes_total|destroy_with_active_rq)",
   "membership_(?:healthy|total)",
   "lb_healthy_panic",
   "bind_errors",
@@ -235,6 +235,16 @@ const LISTENER_STATS = [
   "ssl.(?:handshake|connection_error|no_certificate|fail_verify_no_cert|fail_verify_error|fail_verify_san|fail_verify_cert_hash)",
 ] as const;
 
+/** What stays of an HTTP connection manager's: of what came in, and of what went out by service address. */
+const HTTP_STATS = [
+  String.raw`downstream_rq_(?:total|active|completed|time|timeout|idle_timeout|rx_reset|tx_reset|too_large|overload_close|\dxx)`,
+  "downstream_cx_(?:total|active|ssl_active|rx_bytes_total|tx_bytes_total|protocol_error|overload_disable_keepalive)",
+  "no_route",
+  "no_cluster",
+  "rq_total",
+  "rs_too_large",
+] as const;
+
 /** Whole families that are small: few names however large the mesh is. */
 const KEPT_PREFIXES = [
   "cluster_manager",
@@ -242,9 +252,7 @@ const KEPT_PREFIXES = [
   "server",
   "control_plane",
   "overload",
-  "http.",
   "tcp.",
-  "cluster.xds-grpc",
   "reporter=",
   "wasm",
   "component",
@@ -263,7 +271,7 @@ const STAT_TAGS: readonly { readonly tag_name: string; readonly regex: string }[
   { tag_name: "response_code_class", regex: String.raw`_rq(_(\dxx))$` },
   {
     tag_name: "http_conn_manager_prefix",
-    regex: String.raw`^http\.((.+?);?\.)(?:downstream_|rq_|rs_|no_route|no_cluster|rbac\.|passthrough_|user_agent|tracing\.|fault\.)`,
+    regex: String.raw`^http\.((.+?);?\.)(?:${dots(HTTP_STATS)}|rbac\..+)$`,
   },
   { tag_name: "listener_address", regex: String.raw`^listener\.((.+?);?\.)(?:${dots(LISTENER_STATS)})$` },
   { tag_name: "cache", regex: String.raw`(cache\.(.+?)\.)` },
@@ -282,8 +290,10 @@ function renderStats(extra: ExtraStats): Json {
     ...[
       String.raw`vhost\..*\.route\..*`,
       String.raw`cluster\..+\.(?:${dots(CLUSTER_STATS)})`,
-      // Not `….worker_0.…`: each worker's counts repeat the listener's. RE2 has no lookahead, so: no `r` before `_0`.
-      String.raw`listener\.(?:.*[^r]_\d+|.*\D)\.(?:${dots(LISTENER_STATS)})`,
+      String.raw`http\..+\.(?:${dots(HTTP_STATS)})`,
+      // Addresses and single words, not `….worker_0` or `admin.main_thread`: a worker's counts repeat the listener's.
+      // RE2 has no lookahead, hence: no `r` before `_0`.
+      String.raw`listener\.(?:.*[^r]_\d+|[^.]*[^.\d])\.(?:${dots(LISTENER_STATS)})`,
       ...(extra.regexps ?? []),
     ].map((regex) => ({ safe_regex: { regex } })),
   ];

@@ -254,7 +254,7 @@ function listeners(mesh: Mesh, viewer: Viewer): Message[] {
       traffic_direction: "OUTBOUND",
       use_original_dst: { value: true },
       filter_chains: [
-        blackHole("virtualOutbound-blackhole", 15001, mesh),
+        blackHole("virtualOutbound-blackhole", 15001),
         { name: "virtualOutbound-catchall-tcp", filters: [tcpProxy("PassthroughCluster", mesh)] },
       ],
     },
@@ -309,7 +309,7 @@ function virtualInbound(mesh: Mesh, viewer: Viewer): Message {
       },
     ],
     filter_chains: [
-      blackHole("virtualInbound-blackhole", 15006, mesh),
+      blackHole("virtualInbound-blackhole", 15006),
       ...inboundPorts(mesh, viewer).map(({ port, protocol }) => ({
         name: `0.0.0.0_${port}`,
         filter_chain_match: { destination_port: { value: port }, transport_protocol: "tls" },
@@ -339,12 +339,22 @@ function virtualInbound(mesh: Mesh, viewer: Viewer): Message {
   };
 }
 
-/** Whoever dials Envoy's own port would otherwise be sent to itself, for ever. */
-function blackHole(name: string, port: number, mesh: Mesh): Message {
+/**
+ * Whoever dials Envoy's own port would otherwise be sent to itself, for ever. Nothing is logged, as at istiod: the health
+ * check of the lease comes this way twice a second.
+ */
+function blackHole(name: string, port: number): Message {
+  const type = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
+  const cluster = "BlackHoleCluster";
   return {
     name,
     filter_chain_match: { destination_port: { value: port } },
-    filters: [tcpProxy("BlackHoleCluster", mesh)],
+    filters: [
+      {
+        name: "envoy.filters.network.tcp_proxy",
+        typed_config: typed(type, { stat_prefix: cluster, cluster }),
+      },
+    ],
   };
 }
 
