@@ -13,14 +13,18 @@ import * as x509 from "@peculiar/x509";
 import { decode, encode, type Message, TYPE_PREFIX, toStruct } from "./protos.ts";
 import { TYPES } from "./resources.ts";
 
-/** A control plane and a workload that may join it: the embedded one's or the real istiod's. */
-export interface Target {
+/** Where a control plane is. */
+export interface Endpoint {
   readonly address: string;
   readonly port: number;
   /** Name that its certificate must carry. */
   readonly serverName: string;
   readonly rootCert: string;
   readonly clusterId: string;
+}
+
+/** A control plane and a workload that may join it: the embedded one's or the real istiod's. */
+export interface Target extends Endpoint {
   readonly trustDomain: string;
   /** Good for `istio-ca`, of the service account below. */
   readonly token: string;
@@ -197,7 +201,7 @@ interface Resource {
 }
 
 /** @returns a fresh key (PKCS#8 PEM) and the elements of the CA's answer */
-export async function enroll(target: Target, how: Credentials): Promise<{ key: string; chain: string[] }> {
+export async function enroll(target: Endpoint, how: Credentials): Promise<{ key: string; chain: string[] }> {
   const algorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" };
   const keys = await webcrypto.subtle.generateKey(algorithm, true, ["sign", "verify"]);
   const san = new x509.SubjectAlternativeNameExtension(
@@ -237,7 +241,7 @@ export async function enroll(target: Target, how: Credentials): Promise<{ key: s
   }
 }
 
-function dial(target: Target, client?: Credentials["client"]): Client {
+function dial(target: Endpoint, client?: Credentials["client"]): Client {
   const tls = credentials.createSsl(
     Buffer.from(target.rootCert),
     ...(client === undefined
@@ -251,7 +255,7 @@ function dial(target: Target, client?: Credentials["client"]): Client {
   });
 }
 
-function headers(target: Target, token: string | undefined): Metadata {
+function headers(target: Endpoint, token: string | undefined): Metadata {
   const metadata = new Metadata();
   metadata.set("clusterid", target.clusterId);
   if (token !== undefined) metadata.set("authorization", `Bearer ${token}`);

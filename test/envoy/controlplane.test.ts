@@ -1,6 +1,12 @@
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import type { Readable } from "node:stream";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { CONTRACT, type Target } from "../controlplane/contract.ts";
+import { parse } from "yaml";
+import { CONTRACT, enroll, type Target } from "../controlplane/contract.ts";
 import type { MeshService } from "../controlplane/resources.ts";
 import { type ControlPlane, startControlPlane } from "../controlplane/server.ts";
 import { ENVOY_VERSIONS, fetchEnvoy } from "./fetch.ts";
@@ -55,6 +61,39 @@ describe("the embedded control plane keeps the contract that istiod keeps", () =
   test.for(CONTRACT)("$name", ({ check }) => check(target));
 });
 
+test("the command serves, and writes bundles whose papers get a certificate", async () => {
+  const out = await mkdtemp(join(tmpdir(), "vmmesh-bundles-"));
+  const script = new URL("../controlplane/main.ts", import.meta.url).pathname;
+  const argv = [script, "--listen", "127.0.0.1:0", "--out", out, "--group", "details:9080:10.96.0.10"];
+  const child = spawn(process.execPath, argv, { stdio: ["ignore", "pipe", "inherit"] });
+  try {
+    const [line] = (await once(child.stdout, "data")) as [Buffer];
+    const { listening, bundles } = JSON.parse(line.toString()) as { listening: string; bundles: string[] };
+    const read = (name: string): Promise<string> => readFile(join(out, "details", name), "utf8");
+    expect(bundles).toEqual([join(out, "details")]);
+    expect(await read("hosts")).toBe("127.0.0.1 istiod.istio-system.svc\n");
+    expect(parse(await read("mesh.yaml"))).toMatchObject({
+      defaultConfig: { discoveryAddress: `istiod.istio-system.svc:${listening.split(":")[1]}` },
+    });
+    expect(await read("cluster.env")).toContain("\nISTIO_META_AUTO_REGISTER_GROUP='details'\n");
+    const { chain } = await enroll(
+      {
+        address: "127.0.0.1",
+        port: Number(listening.split(":")[1]),
+        serverName: "istiod.istio-system.svc",
+        rootCert: await read("root-cert.pem"),
+        clusterId: "Kubernetes",
+      },
+      { token: await read("istio-token") },
+    );
+    expect(chain).toHaveLength(2);
+  } finally {
+    child.kill("SIGTERM");
+    if (child.exitCode === null) await once(child, "exit");
+    await rm(out, { recursive: true });
+  }
+});
+
 describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
   let plane: ControlPlane;
   let client: TestMachine;
@@ -94,7 +133,12 @@ describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
       expect(await machine.admin.rejectedListeners()).toEqual([]);
     }
     expect(plane.refusals()).toEqual([]);
-    expect(plane.workloads().map((it) => it.name).sort()).toEqual(["details-10.77.0.2", "front-10.77.0.1"]);
+    expect(
+      plane
+        .workloads()
+        .map((it) => it.name)
+        .sort(),
+    ).toEqual(["details-10.77.0.2", "front-10.77.0.1"]);
   });
 
   test("a request to the service's address arrives over mutual TLS with the client's identity", async () => {
@@ -114,8 +158,9 @@ describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
   });
 
   test("the lease's health check reaches the listener that the redirect leads to", async () => {
-    const text = await textOf(await client.admin.prometheus({ query: "filter=vmmesh-lease" }));
-    expect(text).toMatch(/envoy_cluster_membership_healthy\{cluster_name="vmmesh-lease"\} 1\n/);
+    const lease = async (): Promise<string> =>
+      textOf(await client.admin.prometheus({ query: "filter=vmmesh-lease" }));
+    await expect.poll(lease).toMatch(/envoy_cluster_membership_healthy\{cluster_name="vmmesh-lease"\} 1\n/);
   });
 
   test("the scrape port answers GET of its one path, and nothing else", async () => {
