@@ -88,7 +88,8 @@ function readWord(source: Source): string {
     if (["", " ", "\t", "\n", ";"].includes(char)) return word;
     if (char === "'" || char === '"' || char === "\\") {
       const { line } = source;
-      const value = char === "'" ? singleQuoted(source) : char === '"' ? doubleQuoted(source) : escaped(source);
+      const value =
+        char === "'" ? singleQuoted(source) : char === '"' ? doubleQuoted(source) : escaped(source);
       if (value !== undefined && !word.includes("=")) {
         throw source.malformed("the name of a variable cannot be quoted", line);
       }

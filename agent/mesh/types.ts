@@ -11,8 +11,15 @@ export interface Bundle {
   readonly rootCert: string;
   /** JWT for audience `istio-ca`; absent if the machine has a certificate already. */
   readonly token?: string;
-  /** The `hosts` file: name of istiod → addresses to dial. Empty when the load balancer has only a host name. */
+  /**
+   * Name of istiod → what to dial for it, in order: IP addresses, or the host name of a load balancer that has no fixed
+   * address (in a bundle of istioctl such a name is lost and the map is empty).
+   */
   readonly hosts: ReadonlyMap<string, readonly string[]>;
+  /** Where the cluster's services live; empty if the bundle does not say. Only vmmesh's own bundles do. */
+  readonly meshCidrs: readonly string[];
+  /** Keys that cluster.env had and that were left out, because a root shell sources that file: to be printed. */
+  readonly refusedKeys: readonly string[];
 }
 
 export interface WorkloadPort {
@@ -49,6 +56,8 @@ export interface Workload {
   /** WorkloadGroup for auto-registration; undefined: the machine registers nothing. */
   readonly workloadGroup: string | undefined;
   readonly workloadName: string;
+  /** `node.cluster`: `GROUP.NAMESPACE` on a VM. */
+  readonly serviceCluster: string;
   readonly clusterId: string;
   readonly meshId: string;
   readonly network: string;
@@ -56,7 +65,7 @@ export interface Workload {
   readonly ports: readonly WorkloadPort[];
   /** `host:port` of istiod as the certificate names it, e.g. `istiod.istio-system.svc:15012`. */
   readonly discoveryAddress: string;
-  /** Addresses to dial for `discoveryAddress`, in order; empty: ask the machine's resolver. */
+  /** IP addresses or host names to dial for `discoveryAddress`, in order; empty: ask the machine's resolver for that name itself. */
   readonly istiodAddresses: readonly string[];
   /** POD_NAME of the node id: the machine's host name. */
   readonly instanceName: string;
@@ -72,8 +81,12 @@ export interface Workload {
   readonly meshCidrs: readonly string[];
   readonly dnsCapture: boolean;
   readonly probe: ReadinessProbe | undefined;
+  /** Where the probe goes unless it names a host itself: the first address, or `localhost` if that one is not on the machine. */
+  readonly probeHost: string;
   readonly proxyConfig: ProxyConfig;
   readonly envoyPath: string;
   /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */
   readonly meta: Readonly<Record<string, string>>;
+  /** `ISTIO_METAJSON_*` keys but LABELS, without the prefix; the members of each land at the top level of the metadata. */
+  readonly metaJson: Readonly<Record<string, Readonly<Record<string, unknown>>>>;
 }

@@ -1,0 +1,85 @@
+import { commentLines, renderEnv } from "./env.ts";
+
+/** The machine's own wishes; what is absent stands in the file as a comment, with its meaning. */
+export interface SidecarSettings {
+  readonly ip?: string;
+  readonly instanceName?: string;
+  readonly envoyPath?: string;
+  readonly istiodAddresses?: readonly string[];
+  readonly meshCidrs?: readonly string[];
+  /** `["*"]`: every port. */
+  readonly inboundPorts?: readonly string[];
+  readonly inboundExcludePorts?: readonly number[];
+  readonly outboundCidrs?: readonly string[];
+  readonly outboundExcludeCidrs?: readonly string[];
+  readonly outboundExcludePorts?: readonly number[];
+}
+
+interface SidecarKey {
+  readonly setting: keyof SidecarSettings;
+  readonly comment: string;
+}
+
+/** Every key of sidecar.env that vmmesh documents; others of Istio's (ISTIO_SERVICE, PILOT_ADDRESS, …) are read too. */
+export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
+  ISTIO_SVC_IP: {
+    setting: "ip",
+    comment:
+      "Address of this machine that peers reach; it names the WorkloadEntry. Unset: the first that is not loopback.",
+  },
+  ISTIO_INBOUND_PORTS: {
+    setting: "inboundPorts",
+    comment: "Ports whose incoming connections go through Envoy, or * for all. Unset: what cluster.env says.",
+  },
+  ISTIO_LOCAL_EXCLUDE_PORTS: {
+    setting: "inboundExcludePorts",
+    comment:
+      "With ISTIO_INBOUND_PORTS=*: ports left alone, beside those of cluster.env and always 22, 15020, 15021 and 15090.",
+  },
+  ISTIO_SERVICE_CIDR: {
+    setting: "outboundCidrs",
+    comment: "Destinations whose connections go through Envoy, or * for all. Unset: what cluster.env says.",
+  },
+  VMMESH_OUTBOUND_EXCLUDE_CIDRS: {
+    setting: "outboundExcludeCidrs",
+    comment: "Destinations left alone, e.g. 10.1.0.0/16.",
+  },
+  VMMESH_OUTBOUND_EXCLUDE_PORTS: {
+    setting: "outboundExcludePorts",
+    comment: "Destination ports left alone, e.g. 5432.",
+  },
+  VMMESH_MESH_CIDRS: {
+    setting: "meshCidrs",
+    comment: "Where the mesh's services live: what would reach them past Envoy is refused.",
+  },
+  VMMESH_ISTIOD_ADDRESSES: {
+    setting: "istiodAddresses",
+    comment: "Addresses or names to dial for the control plane, in order. Unset: ask the machine's resolver.",
+  },
+  VMMESH_INSTANCE_NAME: {
+    setting: "instanceName",
+    comment: "Name of this machine in the mesh. Unset: its host name.",
+  },
+  VMMESH_ENVOY: {
+    setting: "envoyPath",
+    comment: "Envoy to run. Unset: the one on PATH.",
+  },
+};
+
+/**
+ * sidecar.env: every documented key with a comment above it, those that are not set commented out. A shell may source
+ * it, and so may Istio's own start script.
+ */
+export function renderSidecarEnv(settings: SidecarSettings): string {
+  const header =
+    "What this machine wishes, written by `vmmesh join`; it wins over cluster.env, which the mesh writes.\n" +
+    "After a change: systemctl restart vmmesh-agent, and `vmmesh iptables apply` for what is captured.";
+  const blocks = Object.entries(SIDECAR_KEYS).map(([key, { setting, comment }]) => {
+    const value = settings[setting];
+    const text = value === undefined || typeof value === "string" ? value : value.join(",");
+    return text === undefined || text === ""
+      ? [...commentLines(comment), `#${key}=''`, ""].join("\n")
+      : `${renderEnv([[key, text]], { comments: { [key]: comment } })}`;
+  });
+  return `${commentLines(header).join("\n")}\n\n${blocks.map((block) => block.trimEnd()).join("\n\n")}\n`;
+}
