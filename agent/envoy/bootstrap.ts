@@ -289,7 +289,8 @@ function renderStats(extra: ExtraStats): Json {
     ...[...KEPT_SUFFIXES, ...(extra.suffixes ?? [])].map((suffix) => ({ suffix })),
     ...[
       String.raw`vhost\..*\.route\..*`,
-      String.raw`cluster\..+\.(?:${dots(CLUSTER_STATS)})`,
+      // Not `cluster.X;.external.…`, `.internal.…` and `.zone.…`: they count the same requests a second time.
+      String.raw`cluster\.(?:.+;|[^;]+)\.(?:${dots(CLUSTER_STATS)})`,
       String.raw`http\..+\.(?:${dots(HTTP_STATS)})`,
       // Addresses and single words, not `….worker_0` or `admin.main_thread`: a worker's counts repeat the listener's.
       // RE2 has no lookahead, hence: no `r` before `_0`.
