@@ -1,0 +1,114 @@
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { VmmeshError } from "../core/errors.ts";
+import { linuxHost } from "../platform/linux.ts";
+import { type AdminHandlers, adminClient, serveAdmin } from "./admin.ts";
+import { fetchOver } from "./http.ts";
+
+const machine = linuxHost();
+let path: string;
+let cleanUp: AsyncDisposableStack;
+beforeEach(async () => {
+  cleanUp = new AsyncDisposableStack();
+  const folder = await mkdtemp(join(tmpdir(), "vmmesh-"));
+  cleanUp.defer(() => rm(folder, { recursive: true }));
+  path = join(folder, "admin.sock");
+});
+afterEach(() => cleanUp.disposeAsync());
+
+async function serve(handlers: Partial<AdminHandlers>): Promise<void> {
+  const stop = new AbortController();
+  const idle: AdminHandlers = {
+    status: async () => ({ version: "1" }) as never,
+    unhealthy: async () => undefined,
+    drain: async () => undefined,
+  };
+  await new Promise<void>((resolve, reject) => {
+    const served = serveAdmin(
+      {
+        clock: machine.clock,
+        listen: (on) => machine.net.listenUnix(path, { mode: 0o600 }, on),
+        handlers: { ...idle, ...handlers },
+        onListening: resolve,
+      },
+      stop.signal,
+    );
+    served.catch(reject);
+    cleanUp.defer(async () => {
+      stop.abort();
+      await served;
+    });
+  });
+}
+
+const client = (clock = machine.clock) => adminClient(machine.net, path, clock);
+
+describe("the admin socket", () => {
+  test("status, unhealthy with its reason, drain", async () => {
+    const done: string[] = [];
+    await serve({
+      unhealthy: async (reason) => void done.push(reason),
+      drain: async () => void done.push("drained"),
+    });
+    expect(await client().status()).toEqual({ version: "1" });
+    await client().unhealthy("leaving the mesh");
+    await client().drain();
+    expect(done).toEqual(["leaving the mesh", "drained"]);
+  });
+  test("the handler's own sentence and advice arrive", async () => {
+    await serve({
+      drain: () => Promise.reject(new VmmeshError("NOT_READY", "Envoy is gone", { next: "Start it." })),
+    });
+    await expect(client().drain()).rejects.toMatchObject({
+      code: "UNIT_FAILED",
+      message: "Envoy is gone",
+      next: "Start it.",
+    });
+  });
+  test.for([
+    { method: "POST" as const, path: "/status", body: undefined, want: 404 },
+    { method: "GET" as const, path: "/drain", body: undefined, want: 404 },
+    { method: "POST" as const, path: "/health/unhealthy", body: "{", want: 400 },
+    {
+      method: "POST" as const,
+      path: "/health/unhealthy",
+      body: JSON.stringify({ reason: "x".repeat(5000) }),
+      want: 400,
+    },
+  ])("$method $path $body → $want", async ({ method, path: url, body, want }) => {
+    await serve({});
+    const socket = await machine.net.connectUnix(path, { timeoutMs: 1000 });
+    const text = body === undefined ? {} : { body };
+    const response = await fetchOver(socket, { method, path: url, headers: { host: "x" }, ...text });
+    expect(response.statusCode).toBe(want);
+    socket.destroy();
+  });
+});
+
+describe("the client's own failures", () => {
+  test("no agent", async () => {
+    await expect(client().status()).rejects.toMatchObject({
+      code: "UNIT_FAILED",
+      message: "the agent does not run",
+    });
+  });
+  test("not allowed", async () => {
+    const connectUnix = () => Promise.reject(Object.assign(new Error("EACCES"), { code: "EACCES" }));
+    await expect(adminClient({ connectUnix }, path, machine.clock).status()).rejects.toMatchObject({
+      code: "NOT_ROOT",
+    });
+  });
+  test("an agent that is stuck", async () => {
+    await serve({ status: () => new Promise(() => undefined) });
+    const clock = {
+      ...machine.clock,
+      sleep: (ms: number, signal?: AbortSignal) => machine.clock.sleep(ms / 100, signal),
+    };
+    await expect(client(clock).status()).rejects.toMatchObject({
+      code: "UNIT_FAILED",
+      message: "the agent did not answer within 5 s",
+    });
+  });
+});
