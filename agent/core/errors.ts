@@ -39,6 +39,7 @@ export const ERROR_CODES = {
   KUBE_UNREACHABLE: 5,
   KUBE_FORBIDDEN: 5,
   KUBE_NOT_FOUND: 5,
+  KUBE_CONFLICT: 5,
   KUBE_FAILED: 5,
   // 6: somebody else is at it
   BUSY: 6,
