@@ -1,0 +1,265 @@
+import type { Duplex } from "node:stream";
+import {
+  Client,
+  type ClientDuplexStream,
+  credentials,
+  Metadata,
+  Server,
+  ServerCredentials,
+  type ServerDuplexStream,
+  type ServiceError,
+  status,
+} from "@grpc/grpc-js";
+import { VmmeshError } from "../core/errors.ts";
+
+/** Where and as whom to speak gRPC over TLS. */
+export interface GrpcTarget {
+  /** IP address to dial. */
+  readonly address: string;
+  readonly port: number;
+  /** Name that the server's certificate must bear; sent as SNI and :authority. */
+  readonly serverName: string;
+  /** PEM roots that may have signed it. */
+  readonly rootCert: string;
+  readonly client?: { readonly key: string; readonly chain: string };
+  /** Sent with each call, names in lower case. */
+  readonly metadata: Readonly<Record<string, string>>;
+}
+
+const bytes = (message: Uint8Array): Buffer =>
+  Buffer.from(message.buffer, message.byteOffset, message.byteLength);
+const same = (message: Buffer): Buffer => message;
+
+function clientOf(target: GrpcTarget): Client {
+  const host = target.address.includes(":")
+    ? `ipv6:[${target.address}]:${target.port}`
+    : `ipv4:${target.address}:${target.port}`;
+  const tls = credentials.createSsl(
+    Buffer.from(target.rootCert),
+    target.client === undefined ? null : Buffer.from(target.client.key),
+    target.client === undefined ? null : Buffer.from(target.client.chain),
+  );
+  return new Client(host, tls, {
+    "grpc.ssl_target_name_override": target.serverName,
+    "grpc.default_authority": target.serverName,
+    // A full push of a big mesh exceeds the default of 4 MiB.
+    "grpc.max_receive_message_length": -1,
+    "grpc.max_send_message_length": -1,
+    // As Istio's own agent keeps the connection alive (GRPC_KEEPALIVE_INTERVAL, _TIMEOUT).
+    "grpc.keepalive_time_ms": 30_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    // One connection per call of ours: credentials belong to it and may be new at the next.
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.enable_retries": 0,
+  });
+}
+
+function metadataOf(target: GrpcTarget): Metadata {
+  const metadata = new Metadata();
+  for (const [name, value] of Object.entries(target.metadata)) metadata.set(name, value);
+  return metadata;
+}
+
+/**
+ * One request, one response.
+ * @throws {VmmeshError} see `grpcError`
+ */
+export function unary(
+  target: GrpcTarget,
+  path: string,
+  request: Uint8Array,
+  timeoutMs: number,
+  signal: AbortSignal,
+): Promise<Uint8Array> {
+  const client = clientOf(target);
+  return new Promise<Uint8Array>((resolve, reject) => {
+    const call = client.makeUnaryRequest(
+      path,
+      bytes,
+      same,
+      request,
+      metadataOf(target),
+      { deadline: Date.now() + timeoutMs },
+      (error, response) => {
+        if (error === null && response !== undefined) resolve(response);
+        else reject(signal.aborted ? signal.reason : grpcError(error as ServiceError, target));
+      },
+    );
+    signal.addEventListener("abort", () => call.cancel(), { once: true });
+  }).finally(() => client.close());
+}
+
+/** A bidirectional stream of raw messages. */
+export interface ByteStream {
+  /** Buffers without limit: the messages that we send are small (a bounded queue dead-locks against istiod's back-pressure). */
+  send(message: Uint8Array): void;
+  /** Resolves when the peer ended the stream in order; rejects with a VmmeshError otherwise. `onMessage` may ask for a pause. */
+  readonly done: Promise<void>;
+  pause(): void;
+  resume(): void;
+  close(): void;
+}
+
+/** Opens a stream; `onMessage` gets each message as it comes. */
+export function openStream(
+  target: GrpcTarget,
+  path: string,
+  onMessage: (message: Uint8Array) => void,
+): ByteStream {
+  const client = clientOf(target);
+  const call: ClientDuplexStream<Uint8Array, Buffer> = client.makeBidiStreamRequest(
+    path,
+    bytes,
+    same,
+    metadataOf(target),
+  );
+  const done = new Promise<void>((resolve, reject) => {
+    call.on("data", onMessage);
+    call.on("error", (error: ServiceError) => reject(grpcError(error, target)));
+    call.on("end", () => resolve());
+  }).finally(() => client.close());
+  return {
+    send: (message) => void call.write(message),
+    done,
+    pause: () => call.pause(),
+    resume: () => call.resume(),
+    close: () => call.cancel(),
+  };
+}
+
+/**
+ * A gRPC failure as a sentence with its suspect.
+ *
+ * ISTIOD_UNREACHABLE: no TCP connection, or the server is not ready. ISTIOD_UNTRUSTED: the TLS handshake failed on its
+ * certificate. CERT_WRONG_ROOT: on ours. IDENTITY_REFUSED: it answered, and did not accept who we are.
+ */
+export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError {
+  const where = `${target.address}:${target.port}`;
+  const why = error.details || error.message;
+  const cause = new Error(why);
+  if (error.code === status.UNAUTHENTICATED || error.code === status.PERMISSION_DENIED) {
+    return new VmmeshError("IDENTITY_REFUSED", `istiod at ${where} does not accept this machine's identity`, {
+      cause,
+      next: "Make a new token (`vmmesh bundle create`, or join with a kubeconfig): the old one may be expired, of another cluster, or of another service account than the machine says.",
+    });
+  }
+  if (
+    /certificate unknown|bad certificate|unknown ca|certificate required|alert (?:number )?(?:42|46|48|116)/i.test(
+      why,
+    )
+  ) {
+    return new VmmeshError("CERT_WRONG_ROOT", `istiod at ${where} refuses this machine's certificate`, {
+      cause,
+      next: "The mesh has another root than the one that signed it: join again with a fresh token.",
+    });
+  }
+  if (/certificate|altnames|self.signed|issuer|unable to verify/i.test(why)) {
+    return new VmmeshError(
+      "ISTIOD_UNTRUSTED",
+      `the server at ${where} does not prove to be ${target.serverName} of this mesh`,
+      {
+        cause,
+        next: "Check the address, and that root-cert.pem is of this mesh: ConfigMap istio-ca-root-cert in the workload's namespace.",
+      },
+    );
+  }
+  if (error.code === status.UNAVAILABLE || error.code === status.DEADLINE_EXCEEDED) {
+    return new VmmeshError("ISTIOD_UNREACHABLE", `istiod does not answer at ${where}`, {
+      cause,
+      next: `Is the address right (--istiod-address), and does a firewall let port ${target.port} through? Try: nc -vz ${target.address} ${target.port}`,
+    });
+  }
+  return new VmmeshError(
+    "ISTIOD_UNREACHABLE",
+    `istiod at ${where} ended the call: ${status[error.code] ?? error.code}`,
+    { cause },
+  );
+}
+
+/** A served stream of raw messages. */
+export interface ServedStream {
+  /** false: the peer reads slowly; wait for `onDrain`. */
+  send(message: Uint8Array): boolean;
+  onMessage(listener: (message: Uint8Array) => void): void;
+  onDrain(listener: () => void): void;
+  onClose(listener: () => void): void;
+  /** Ends the stream with a gRPC status that the peer will log. */
+  fail(message: string): void;
+  end(): void;
+}
+
+export interface GrpcServer {
+  /** Hand it each accepted connection. */
+  accept(socket: Duplex): void;
+  close(): void;
+}
+
+/** Serves bidirectional streams on connections that the seam accepted. `handlers`: method path → what to do with a stream. */
+export function serveStreams(handlers: Readonly<Record<string, (stream: ServedStream) => void>>): GrpcServer {
+  const server = new Server({
+    "grpc.max_receive_message_length": -1,
+    "grpc.max_send_message_length": -1,
+    "grpc.max_concurrent_streams": 1024,
+  });
+  const byService = new Map<string, [string, (stream: ServedStream) => void][]>();
+  for (const [path, handler] of Object.entries(handlers)) {
+    const [, service = "", method = ""] = path.split("/");
+    byService.set(service, [...(byService.get(service) ?? []), [method, handler]]);
+  }
+  for (const [service, methods] of byService) {
+    const definition = Object.fromEntries(
+      methods.map(([method]) => [
+        method,
+        {
+          path: `/${service}/${method}`,
+          requestStream: true,
+          responseStream: true,
+          requestSerialize: bytes,
+          requestDeserialize: same,
+          responseSerialize: bytes,
+          responseDeserialize: same,
+        },
+      ]),
+    );
+    const implementation = Object.fromEntries(
+      methods.map(([method, handler]) => [
+        method,
+        (call: ServerDuplexStream<Buffer, Uint8Array>) => handler(servedStream(call)),
+      ]),
+    );
+    server.addService(definition, implementation);
+  }
+  const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
+  return {
+    accept: (socket) => injector.injectConnection(socket),
+    close: () => {
+      injector.destroy();
+      server.forceShutdown();
+    },
+  };
+}
+
+function servedStream(call: ServerDuplexStream<Buffer, Uint8Array>): ServedStream {
+  let closed = false;
+  const closers: (() => void)[] = [];
+  const close = (): void => {
+    if (closed) return;
+    closed = true;
+    for (const closer of closers) closer();
+  };
+  call.on("cancelled", close);
+  call.on("error", close);
+  call.on("close", close);
+  call.on("end", () => {
+    call.end();
+    close();
+  });
+  return {
+    send: (message) => closed || call.write(message),
+    onMessage: (listener) => void call.on("data", listener),
+    onDrain: (listener) => void call.on("drain", listener),
+    onClose: (listener) => void closers.push(listener),
+    fail: (message) => void call.emit("error", { code: status.INTERNAL, details: message }),
+    end: () => void call.end(),
+  };
+}

@@ -1,0 +1,325 @@
+import { hash } from "node:crypto";
+import { type DeltaRequest, type DeltaResponse, type Resource, TYPE_URL } from "../proto/discovery.ts";
+import type { RpcStatus } from "../proto/wire.ts";
+
+/** What a client wants of one type. */
+export interface Watch {
+  /** Everything of the type (CDS and LDS); with the text that asked for it, `*` or nothing at all. */
+  readonly wildcard: "none" | "legacy" | "star";
+  readonly names: ReadonlySet<string>;
+}
+
+/** Where to send what. `upstream` is istiod; a number is one Envoy stream. */
+export type Effect =
+  | { readonly to: "upstream"; readonly request: DeltaRequest }
+  | { readonly to: "envoy"; readonly stream: number; readonly response: DeltaResponse };
+
+interface Downstream {
+  readonly watches: Map<string, { wildcard: boolean; names: Set<string>; sent: Map<string, string> }>;
+  /** Our nonces that Envoy has not answered → the upstream nonce they stand for, if they stand for one. */
+  readonly outstanding: Map<string, { typeUrl: string; upstreamNonce: string | undefined }>;
+}
+
+/** A resource with two versions: istiod's (often empty), and ours, which is a digest of the bytes. */
+interface Held extends Resource {
+  readonly digest: string;
+}
+
+interface TypeState {
+  readonly resources: Map<string, Held>;
+  /** What upstream has been asked for on its present stream. */
+  asked: { wildcard: Watch["wildcard"]; names: Set<string> } | undefined;
+  /** Upstream has answered at least once: for a wildcard type the resources are complete. */
+  complete: boolean;
+  version: string;
+  acked: string | undefined;
+  lastNack: string | undefined;
+}
+
+export interface TypeStatus {
+  readonly typeUrl: string;
+  readonly resources: number;
+  /** The upstream's version that Envoy has accepted last. */
+  readonly acked: string | undefined;
+  /** Envoy's words, if it refused the last one. */
+  readonly lastNack: string | undefined;
+}
+
+const EMPTY: ReadonlyMap<string, string> = new Map();
+
+/**
+ * A terminating delta-xDS cache: Envoy's streams on one side, one stream to istiod on the other, own nonces towards
+ * Envoy. Pure: each call returns what is to be sent. Resources are opaque bytes.
+ *
+ * What istiod sends is kept, so that an Envoy that comes (back) is served at once, and on a reconnect istiod is told
+ * what is held already; only bytes that changed go on to Envoy. istiod hears ACK or NACK when Envoy has said it.
+ */
+export class DeltaCache {
+  readonly #types = new Map<string, TypeState>();
+  readonly #downstreams = new Map<number, Downstream>();
+  #upstreamOpen = false;
+  #nonce = 0;
+
+  /** A fresh stream to istiod: asks again for all that is wanted, naming what is held. The caller puts the node on the first. */
+  upstreamOpened(): Effect[] {
+    this.#upstreamOpen = true;
+    return [...this.#types.keys()].sort(byPushOrder).flatMap((typeUrl) => {
+      const state = this.#type(typeUrl);
+      state.asked = undefined;
+      return this.#ask(typeUrl, state);
+    });
+  }
+
+  upstreamClosed(): void {
+    this.#upstreamOpen = false;
+    for (const state of this.#types.values()) state.asked = undefined;
+    for (const downstream of this.#downstreams.values()) {
+      // Nonces of the dead stream mean nothing to the next one.
+      for (const entry of downstream.outstanding.values()) entry.upstreamNonce = undefined;
+    }
+  }
+
+  envoyOpened(stream: number): void {
+    this.#downstreams.set(stream, { watches: new Map(), outstanding: new Map() });
+  }
+
+  envoyClosed(stream: number): Effect[] {
+    const downstream = this.#downstreams.get(stream);
+    this.#downstreams.delete(stream);
+    if (this.#downstreams.size === 0) return [];
+    return [...(downstream?.watches.keys() ?? [])].flatMap((typeUrl) => this.#forgetUnwanted(typeUrl));
+  }
+
+  /** A request of an Envoy: subscription, ACK or NACK, or all at once. */
+  fromEnvoy(stream: number, request: DeltaRequest): Effect[] {
+    const downstream = this.#downstreams.get(stream);
+    if (downstream === undefined) return [];
+    const { typeUrl } = request;
+    const state = this.#type(typeUrl);
+    const effects: Effect[] = [];
+
+    const answered = downstream.outstanding.get(request.responseNonce);
+    if (answered !== undefined) {
+      downstream.outstanding.delete(request.responseNonce);
+      effects.push(...this.#settle(typeUrl, state, answered.upstreamNonce, request.error));
+    }
+
+    const known = downstream.watches.get(typeUrl);
+    const watch = known ?? {
+      wildcard: false,
+      names: new Set<string>(),
+      sent: new Map(request.initialVersions),
+    };
+    if (known === undefined) downstream.watches.set(typeUrl, watch);
+    // Legacy wildcard: a first request that names nothing (xDS protocol, "How the client specifies what resources to return").
+    const wildcardNow =
+      request.subscribe.includes("*") || (known === undefined && request.subscribe.length === 0);
+    watch.wildcard ||= wildcardNow;
+    if (request.unsubscribe.includes("*")) watch.wildcard = false;
+    const fresh = request.subscribe.filter((name) => name !== "*");
+    for (const name of fresh) {
+      watch.names.add(name);
+      // A client that subscribes again wants the resource again, even if it has it.
+      if (known !== undefined) watch.sent.delete(name);
+    }
+    for (const name of request.unsubscribe) {
+      watch.names.delete(name);
+      watch.sent.delete(name);
+    }
+
+    if (request.unsubscribe.length > 0) effects.push(...this.#forgetUnwanted(typeUrl));
+    effects.push(
+      ...this.#ask(typeUrl, state, wildcardNow && !request.subscribe.includes("*") ? "legacy" : "star"),
+    );
+    if (known === undefined || wildcardNow || fresh.length > 0)
+      effects.push(...this.#push(stream, downstream, typeUrl, undefined));
+    return effects;
+  }
+
+  /** A response of istiod. */
+  fromUpstream(response: DeltaResponse): Effect[] {
+    const { typeUrl } = response;
+    const state = this.#type(typeUrl);
+    for (const resource of response.resources) state.resources.set(resource.name, hold(resource));
+    for (const name of response.removed) state.resources.delete(name);
+    state.complete = true;
+    state.version = response.systemVersion;
+    const gone = new Set(response.removed);
+    const pushes = [...this.#downstreams].flatMap(([stream, downstream]) =>
+      this.#push(stream, downstream, typeUrl, { nonce: response.nonce, gone }),
+    );
+    // Nothing of it concerns an Envoy: nobody else will acknowledge it.
+    return pushes.length > 0 ? pushes : this.#settle(typeUrl, state, response.nonce, undefined);
+  }
+
+  /** ACKs a response that the relay itself consumes. */
+  acknowledge(response: DeltaResponse): Effect[] {
+    return [{ to: "upstream", request: bare(response.typeUrl, response.nonce) }];
+  }
+
+  status(): TypeStatus[] {
+    return [...this.#types]
+      .sort(([a], [b]) => byPushOrder(a, b))
+      .map(([typeUrl, { resources, acked, lastNack }]) => ({
+        typeUrl,
+        resources: resources.size,
+        acked,
+        lastNack,
+      }));
+  }
+
+  /** Does any cached resource of the type hold these bytes? (Is our address still among the mesh's endpoints?) */
+  holds(typeUrl: string, needle: string): boolean {
+    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) =>
+      Buffer.from(any).includes(needle),
+    );
+  }
+
+  #type(typeUrl: string): TypeState {
+    const known = this.#types.get(typeUrl);
+    if (known !== undefined) return known;
+    const state: TypeState = {
+      resources: new Map(),
+      asked: undefined,
+      complete: false,
+      version: "",
+      acked: undefined,
+      lastNack: undefined,
+    };
+    this.#types.set(typeUrl, state);
+    return state;
+  }
+
+  #settle(
+    typeUrl: string,
+    state: TypeState,
+    upstreamNonce: string | undefined,
+    error: RpcStatus | undefined,
+  ): Effect[] {
+    if (error === undefined) {
+      state.acked = state.version;
+      state.lastNack = undefined;
+    } else {
+      state.lastNack = error.message;
+    }
+    if (upstreamNonce === undefined || !this.#upstreamOpen) return [];
+    return [
+      {
+        to: "upstream",
+        request: { ...bare(typeUrl, upstreamNonce), ...(error === undefined ? {} : { error }) },
+      },
+    ];
+  }
+
+  /** Union over all Envoys. */
+  #wanted(typeUrl: string): { wildcard: boolean; names: Set<string> } {
+    const names = new Set<string>();
+    let wildcard = false;
+    for (const { watches } of this.#downstreams.values()) {
+      const watch = watches.get(typeUrl);
+      wildcard ||= watch?.wildcard ?? false;
+      for (const name of watch?.names ?? []) names.add(name);
+    }
+    return { wildcard, names };
+  }
+
+  /** Asks istiod for what is wanted and not yet asked for on its present stream. */
+  #ask(typeUrl: string, state: TypeState, wildcardAs: "legacy" | "star" = "legacy"): Effect[] {
+    if (!this.#upstreamOpen) return [];
+    const wanted = this.#wanted(typeUrl);
+    if (state.asked === undefined) {
+      if (!wanted.wildcard && wanted.names.size === 0) return [];
+      state.asked = { wildcard: wanted.wildcard ? wildcardAs : "none", names: new Set(wanted.names) };
+      const initialVersions = new Map(
+        [...state.resources.values()].map(({ name, version }) => [name, version]),
+      );
+      const subscribe = [...(wanted.wildcard && wildcardAs === "star" ? ["*"] : []), ...wanted.names];
+      return [{ to: "upstream", request: { ...bare(typeUrl, ""), subscribe, initialVersions } }];
+    }
+    const fresh = [...wanted.names].filter((name) => !state.asked?.names.has(name));
+    const star = wanted.wildcard && state.asked.wildcard === "none" ? ["*"] : [];
+    if (fresh.length + star.length === 0) return [];
+    for (const name of fresh) state.asked.names.add(name);
+    if (star.length > 0) state.asked.wildcard = "star";
+    return [{ to: "upstream", request: { ...bare(typeUrl, ""), subscribe: [...star, ...fresh] } }];
+  }
+
+  /** Names that no Envoy wants any more are taken back from istiod and dropped. */
+  #forgetUnwanted(typeUrl: string): Effect[] {
+    const state = this.#type(typeUrl);
+    const wanted = this.#wanted(typeUrl);
+    if (wanted.wildcard) return [];
+    for (const name of [...state.resources.keys()]) if (!wanted.names.has(name)) state.resources.delete(name);
+    const stale = [...(state.asked?.names ?? [])].filter((name) => !wanted.names.has(name));
+    if (stale.length === 0 || !this.#upstreamOpen) return [];
+    for (const name of stale) state.asked?.names.delete(name);
+    return [{ to: "upstream", request: { ...bare(typeUrl, ""), unsubscribe: stale } }];
+  }
+
+  /** What this Envoy lacks, or holds and should not. `cause`: the upstream response that brought it about. */
+  #push(
+    stream: number,
+    downstream: Downstream,
+    typeUrl: string,
+    cause: { nonce: string; gone: ReadonlySet<string> } | undefined,
+  ): Effect[] {
+    const watch = downstream.watches.get(typeUrl);
+    const state = this.#type(typeUrl);
+    if (watch === undefined) return [];
+    const wants = (name: string): boolean => watch.wildcard || watch.names.has(name);
+    const resources = [...state.resources.values()].filter(
+      ({ name, digest }) => wants(name) && watch.sent.get(name) !== digest,
+    );
+    const removed = [...watch.sent.keys()].filter(
+      (name) =>
+        state.complete && !state.resources.has(name) && (watch.wildcard || cause?.gone.has(name) === true),
+    );
+    // Envoy waits for a named resource until it comes or is said not to exist.
+    for (const name of cause?.gone ?? [])
+      if (watch.names.has(name) && !removed.includes(name)) removed.push(name);
+    // The first answer to a wildcard is owed even when it is empty: Envoy's initialisation waits for it.
+    const owed = watch.wildcard && state.complete && cause !== undefined && watch.sent.size === 0;
+    if (resources.length + removed.length === 0 && !owed) return [];
+    for (const { name, digest } of resources) watch.sent.set(name, digest);
+    for (const name of removed) watch.sent.delete(name);
+    this.#nonce += 1;
+    const nonce = String(this.#nonce);
+    downstream.outstanding.set(nonce, { typeUrl, upstreamNonce: cause?.nonce });
+    return [
+      {
+        to: "envoy",
+        stream,
+        response: {
+          systemVersion: state.version,
+          typeUrl,
+          resources: resources.map(({ name, digest, any }) => ({ name, version: digest, any })),
+          removed,
+          nonce,
+        },
+      },
+    ];
+  }
+}
+
+function bare(typeUrl: string, responseNonce: string): DeltaRequest {
+  return { typeUrl, responseNonce, subscribe: [], unsubscribe: [], initialVersions: EMPTY };
+}
+
+/**
+ * Towards Envoy a version is a digest: equal bytes are never pushed again, also not by an agent that has just restarted
+ * and is told by Envoy what it holds. The copy frees the response that the bytes are a view into.
+ */
+function hold(resource: Resource): Held {
+  return {
+    ...resource,
+    any: Uint8Array.from(resource.any),
+    digest: hash("sha256", resource.any, "base64url").slice(0, 16),
+  };
+}
+
+const ORDER: readonly string[] = [TYPE_URL.cluster, TYPE_URL.endpoint, TYPE_URL.listener, TYPE_URL.route];
+/** Clusters before endpoints before listeners before routes: the make-before-break order of the xDS protocol. */
+function byPushOrder(a: string, b: string): number {
+  const rank = (typeUrl: string): number => (ORDER.includes(typeUrl) ? ORDER.indexOf(typeUrl) : ORDER.length);
+  return rank(a) - rank(b);
+}

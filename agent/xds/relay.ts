@@ -1,0 +1,301 @@
+import type { Duplex } from "node:stream";
+import { backoff } from "../core/backoff.ts";
+import { messageOf, VmmeshError } from "../core/errors.ts";
+import { SECOND_MS } from "../core/time.ts";
+import {
+  type ByteStream,
+  type GrpcTarget,
+  openStream,
+  type ServedStream,
+  serveStreams,
+} from "../platform/grpc.ts";
+import type { Host, Listener } from "../platform/host.ts";
+import {
+  type DeltaRequest,
+  readDeltaRequest,
+  readDeltaResponse,
+  TYPE_URL,
+  writeDeltaRequest,
+  writeDeltaResponse,
+} from "../proto/discovery.ts";
+import { type NameInfo, readNameTable } from "../proto/istio.ts";
+import { readAny } from "../proto/wire.ts";
+import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
+
+const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
+/** How long istiod's stream stays when the last Envoy has gone: a restart of Envoy must not deregister the machine. */
+const LINGER_MS = 30 * SECOND_MS;
+
+/** gRPC INTERNAL: what Istio's agent puts into an unhealthy report. */
+const INTERNAL = 13;
+
+export type Health = { readonly healthy: true } | { readonly healthy: false; readonly message: string };
+
+export type RelayEvent =
+  | { readonly kind: "connected"; readonly address: string }
+  | { readonly kind: "disconnected"; readonly address: string; readonly reason: string }
+  | { readonly kind: "unreachable"; readonly error: VmmeshError; readonly retryInMs: number }
+  | { readonly kind: "rejected"; readonly typeUrl: string; readonly reason: string }
+  | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
+
+export interface RelayDeps {
+  readonly host: Pick<Host, "clock" | "random">;
+  /** Binds the socket that Envoy dials. */
+  listen(onConnection: (socket: Duplex) => void): Promise<Listener>;
+  /** Where to dial, with credentials of this moment; tried in order. */
+  upstreams(): Promise<readonly GrpcTarget[]>;
+  /** Ask istiod for the mesh's names; each new table is handed over. */
+  readonly onNameTable?: (table: ReadonlyMap<string, NameInfo>) => void;
+  onEvent(event: RelayEvent): void;
+}
+
+export interface RelayStatus {
+  /** Address of the istiod that we are connected to. */
+  readonly connectedTo: string | undefined;
+  readonly since: Date | undefined;
+  readonly lastError: string | undefined;
+  readonly reconnects: number;
+  /** Streams that Envoys hold to us. */
+  readonly envoys: number;
+  readonly types: readonly TypeStatus[];
+}
+
+/** Envoy ⇄ agent ⇄ istiod: the effects around `DeltaCache`. */
+export class AdsRelay {
+  readonly #deps: RelayDeps;
+  readonly #cache = new DeltaCache();
+  readonly #envoys = new Map<number, ServedStream>();
+  #nextStream = 1;
+  #node: Uint8Array | undefined;
+  #upstream: ByteStream | undefined;
+  #nodeSent = false;
+  #listenersAsked = false;
+  #health: Health | undefined;
+  #wantsUpstream = Promise.withResolvers<void>();
+  #withdrawn = false;
+  #connectedTo: string | undefined;
+  #since: Date | undefined;
+  #lastError: string | undefined;
+  #reconnects = 0;
+
+  constructor(deps: RelayDeps) {
+    this.#deps = deps;
+  }
+
+  /**
+   * Serves Envoy and keeps the stream to istiod until `signal` aborts. A control plane that is away is no failure.
+   * @param onListening the socket serves
+   */
+  async run(signal: AbortSignal, onListening: () => void = () => undefined): Promise<void> {
+    const server = serveStreams({ [DELTA_ADS]: (stream) => this.#serve(stream) });
+    await using _listener = await this.#deps.listen((socket) => server.accept(socket));
+    onListening();
+    try {
+      await this.#keepUpstream(signal);
+    } finally {
+      this.#upstream?.close();
+      server.close();
+    }
+  }
+
+  /** Goes to istiod now, if it is there, and after every reconnect. */
+  setHealth(health: Health): void {
+    this.#health = health;
+    if (this.#listenersAsked) this.#sendHealth();
+  }
+
+  /** Leaves the mesh: ends istiod's stream and opens no new one; Envoy keeps what it has. */
+  withdraw(): void {
+    this.#withdrawn = true;
+    this.#upstream?.close();
+  }
+
+  /** Is `address` among the endpoints that istiod has told this machine of? */
+  knowsEndpoint(address: string): boolean {
+    return this.#cache.holds(TYPE_URL.endpoint, address);
+  }
+
+  status(): RelayStatus {
+    return {
+      connectedTo: this.#connectedTo,
+      since: this.#since,
+      lastError: this.#lastError,
+      reconnects: this.#reconnects,
+      envoys: this.#envoys.size,
+      types: this.#cache.status(),
+    };
+  }
+
+  #serve(stream: ServedStream): void {
+    const id = this.#nextStream++;
+    this.#envoys.set(id, stream);
+    this.#cache.envoyOpened(id);
+    this.#deps.onEvent({ kind: "envoy-connected", streams: this.#envoys.size });
+    stream.onMessage((message) => {
+      let request: DeltaRequest;
+      try {
+        request = readDeltaRequest(message);
+      } catch (thrown) {
+        stream.fail(`not a delta discovery request: ${messageOf(thrown)}`);
+        return;
+      }
+      if (request.node !== undefined) {
+        this.#node = request.node;
+        this.#wantsUpstream.resolve();
+      }
+      if (request.error !== undefined) {
+        this.#deps.onEvent({ kind: "rejected", typeUrl: request.typeUrl, reason: request.error.message });
+      }
+      this.#carryOut(this.#cache.fromEnvoy(id, request));
+    });
+    stream.onDrain(() => this.#upstream?.resume());
+    stream.onClose(() => {
+      this.#envoys.delete(id);
+      this.#carryOut(this.#cache.envoyClosed(id));
+      this.#deps.onEvent({ kind: "envoy-gone", streams: this.#envoys.size });
+    });
+  }
+
+  #carryOut(effects: readonly Effect[]): void {
+    for (const effect of effects) {
+      if (effect.to === "upstream") this.#request(effect.request);
+      else if (this.#envoys.get(effect.stream)?.send(writeDeltaResponse(effect.response)) === false)
+        this.#upstream?.pause();
+    }
+  }
+
+  /** istiod wants the node on the first request; names and health follow the first request for listeners. */
+  #request(request: DeltaRequest): void {
+    const upstream = this.#upstream;
+    if (upstream === undefined) return;
+    const node = this.#nodeSent ? undefined : this.#node;
+    upstream.send(writeDeltaRequest({ ...request, ...(node === undefined ? {} : { node }) }));
+    this.#nodeSent = true;
+    if (request.typeUrl !== TYPE_URL.listener || this.#listenersAsked) return;
+    this.#listenersAsked = true;
+    if (this.#deps.onNameTable !== undefined) upstream.send(writeDeltaRequest(plain(TYPE_URL.nameTable)));
+    this.#sendHealth();
+  }
+
+  #sendHealth(): void {
+    const health = this.#health;
+    if (health === undefined) return;
+    const error = health.healthy ? {} : { error: { code: INTERNAL, message: health.message } };
+    this.#upstream?.send(writeDeltaRequest({ ...plain(TYPE_URL.health), ...error }));
+  }
+
+  async #keepUpstream(signal: AbortSignal): Promise<void> {
+    const { clock, random } = this.#deps.host;
+    const uniform = (): number => (random(4).reduce((sum, byte) => sum * 256 + byte, 0) ?? 0) / 2 ** 32;
+    const abort = new Promise<void>((resolve) =>
+      signal.addEventListener("abort", () => resolve(), { once: true }),
+    );
+    let waits = backoff(uniform);
+    while (!signal.aborted) {
+      await Promise.race([this.#wantsUpstream.promise, abort]);
+      if (signal.aborted || this.#withdrawn) {
+        await abort;
+        return;
+      }
+      let failure: VmmeshError | undefined;
+      let lived = false;
+      try {
+        for (const target of await this.#deps.upstreams()) {
+          const startedMs = clock.monotonicMs();
+          try {
+            await this.#attend(target, signal);
+            failure = undefined;
+          } catch (thrown) {
+            failure = VmmeshError.from(thrown);
+          }
+          // A stream that stood for a while was a good one: its end (istiod's maximum age, a restart) is no reason to wait.
+          lived = clock.monotonicMs() - startedMs > 5 * SECOND_MS;
+          if (lived || signal.aborted || this.#withdrawn) break;
+        }
+      } catch (thrown) {
+        failure = VmmeshError.from(thrown);
+      }
+      if (signal.aborted) return;
+      if (lived) {
+        waits = backoff(uniform);
+        continue;
+      }
+      const retryInMs = waits.next().value;
+      if (failure !== undefined && !this.#withdrawn) {
+        this.#lastError = messageOf(failure);
+        this.#deps.onEvent({ kind: "unreachable", error: failure, retryInMs });
+      }
+      await clock.sleep(retryInMs, signal).catch(() => undefined);
+    }
+  }
+
+  /** One stream to istiod, from its opening to its end. */
+  async #attend(target: GrpcTarget, signal: AbortSignal): Promise<void> {
+    const scope = new AbortController();
+    const upstream = openStream(target, DELTA_ADS, (message) => {
+      if (this.#connectedTo === undefined) {
+        this.#connectedTo = `${target.address}:${target.port}`;
+        this.#since = this.#deps.host.clock.now();
+        this.#lastError = undefined;
+        this.#deps.onEvent({ kind: "connected", address: this.#connectedTo });
+      }
+      this.#receive(message);
+    });
+    signal.addEventListener("abort", () => upstream.close(), { once: true, signal: scope.signal });
+    this.#upstream = upstream;
+    this.#nodeSent = false;
+    this.#listenersAsked = false;
+    const watchdog = this.#closeWhenEnvoyIsGone(upstream, AbortSignal.any([signal, scope.signal]));
+    this.#carryOut(this.#cache.upstreamOpened());
+    try {
+      await upstream.done;
+      throw new VmmeshError(
+        "ISTIOD_UNREACHABLE",
+        `istiod at ${target.address}:${target.port} ended the stream`,
+      );
+    } catch (thrown) {
+      if (this.#connectedTo !== undefined) {
+        this.#reconnects += 1;
+        this.#deps.onEvent({ kind: "disconnected", address: this.#connectedTo, reason: messageOf(thrown) });
+      }
+      throw thrown;
+    } finally {
+      scope.abort();
+      await watchdog;
+      this.#cache.upstreamClosed();
+      this.#upstream = undefined;
+      this.#connectedTo = undefined;
+      this.#since = undefined;
+    }
+  }
+
+  async #closeWhenEnvoyIsGone(upstream: ByteStream, signal: AbortSignal): Promise<void> {
+    const { clock } = this.#deps.host;
+    let goneSinceMs: number | undefined;
+    while (!signal.aborted) {
+      await clock.sleep(SECOND_MS, signal).catch(() => undefined);
+      if (this.#envoys.size > 0) goneSinceMs = undefined;
+      else goneSinceMs ??= clock.monotonicMs();
+      if (goneSinceMs === undefined || clock.monotonicMs() - goneSinceMs < LINGER_MS) continue;
+      this.#wantsUpstream = Promise.withResolvers<void>();
+      upstream.close();
+      return;
+    }
+  }
+
+  #receive(message: Uint8Array): void {
+    const response = readDeltaResponse(message);
+    if (response.typeUrl === TYPE_URL.nameTable) {
+      const [resource] = response.resources;
+      if (resource !== undefined) this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
+      this.#carryOut(this.#cache.acknowledge(response));
+    } else if (response.typeUrl.startsWith("type.googleapis.com/envoy.")) {
+      this.#carryOut(this.#cache.fromUpstream(response));
+    }
+  }
+}
+
+function plain(typeUrl: string): DeltaRequest {
+  return { typeUrl, responseNonce: "", subscribe: [], unsubscribe: [], initialVersions: new Map() };
+}
