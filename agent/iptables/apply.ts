@@ -74,6 +74,7 @@ export async function applyPlan(
       next: "Wait until they are confirmed or taken back (at most some minutes), then run the same command again.",
     });
   }
+  await removeOldGenerations(host.files, rulesDir);
   const before = await readTables(host, plan);
   const foreign = foreignIstio(before);
   if (foreign.length > 0) {
@@ -110,7 +111,7 @@ export async function applyPlan(
     await arm(host, here, options);
     const started = host.clock.monotonicMs();
     await addPassthroughAddress(host, here, plan);
-    for (const family of plan.families) await applyFamily(host, plan, family.family);
+    for (const { family } of plan.families) await applyFamily(host, plan, family, TABLES, before);
     await applyNft(host, rendered);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
@@ -123,6 +124,15 @@ export async function applyPlan(
   } catch (thrown) {
     await rollBack();
     throw thrown;
+  }
+}
+
+/** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
+async function removeOldGenerations(files: Files, rulesDir: string): Promise<void> {
+  const confirmed = await files.readLink(`${rulesDir}/confirmed`);
+  for (const name of (await files.list(rulesDir)) ?? []) {
+    if (name === "undone" || (name.startsWith("gen-") && name !== confirmed))
+      await files.remove(`${rulesDir}/${name}`);
   }
 }
 
@@ -231,25 +241,27 @@ async function stopTimer(host: Applies, unit: ApplyOptions["unit"]): Promise<voi
   if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
 }
 
-/** All tables of a family in one call, each one transaction; looks again when somebody else was quicker. */
+/** These tables of a family in one call, each one transaction; looks again when somebody else was quicker. */
 async function applyFamily(
   host: Applies,
   plan: CapturePlan,
   family: Family,
-  only?: readonly SeenTable["table"][],
+  tables: readonly SeenTable["table"][],
+  seen: readonly SeenTable[],
 ): Promise<void> {
   const wanted = plan.families.find((it) => it.family === family);
   if (wanted === undefined || plan.backend === undefined || plan.programs[family] === undefined) return;
   const argv = restoreCommand(plan, family);
+  let now = seen;
   for (let attempt = 1; ; attempt += 1) {
-    const seen = (await readTables(host, plan)).filter((table) => table.family === family);
-    const jumps = seen.flatMap((table) => table.jumps);
-    const text = TABLES.filter((table) => only === undefined || only.includes(table))
+    const jumps = now.filter((table) => table.family === family).flatMap((table) => table.jumps);
+    const text = TABLES.filter((table) => tables.includes(table))
       .map((table) => renderTable(wanted, table, jumps, COMMENTS))
       .join("");
     const result = await host.run({ argv, input: text });
     if (result.code === 0) return;
     if (result.code !== 1 || attempt >= ATTEMPTS) throw refused(result, argv.join(" "));
+    now = await readTables(host, plan);
   }
 }
 
@@ -404,15 +416,14 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
   };
   await applyNft(host, lost);
   await addPassthroughAddress(host, here, plan);
+  const seen = await readTables(host, plan);
   for (const { family } of plan.families) {
-    const broken = (await readTables(host, plan))
-      .filter((seen) => seen.family === family)
-      .flatMap((seen) => {
-        const why = tableDrift(seen, state.printed);
-        if (why !== undefined) repaired.push(why);
-        return why === undefined ? [] : [seen.table];
-      });
-    if (broken.length > 0) await applyFamily(host, plan, family, broken);
+    const broken = seen.flatMap((table) => {
+      const why = table.family === family ? tableDrift(table, state.printed) : undefined;
+      if (why !== undefined) repaired.push(why);
+      return why === undefined ? [] : [table.table];
+    });
+    if (broken.length > 0) await applyFamily(host, plan, family, broken, seen);
   }
   if (repaired.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
   return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };

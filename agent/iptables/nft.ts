@@ -142,6 +142,8 @@ function expression(match: Match, tracked: boolean): string {
       return tracked
         ? `ct original ${ip(match.cidr)} daddr ${match.cidr}`
         : `${ip(match.cidr)} daddr ${match.cidr}`;
+    case "addressedToPort":
+      return `ct original proto-dst ${match.port}`;
     case "in":
       return `iifname ${not(match)}"${match.interface}"`;
     case "out":

@@ -618,19 +618,23 @@ function fenceRules(wish: CaptureWish): FenceRule[] {
             out([{ is: "addressedTo", cidr }, TCP, OPENING], reset, "to the mesh, but past Envoy"),
           ),
         ];
+  const outside: Match = { is: "in", interface: "lo", not: true };
+  const listeners = [PORTS.outbound, PORTS.inbound].map(
+    (port): FenceRule => ({
+      chain: "input",
+      when: [outside, TCP, { is: "toPorts", ports: [port] }, { is: "addressedToPort", port }, OPENING],
+      verdict: reset,
+      why: "Envoy's listeners for captured traffic cannot be dialled from outside",
+    }),
+  );
   return [
     ...outbound,
+    ...listeners,
     ...inbound.map(
       (when): FenceRule => ({
         chain: "input",
         // Without IPv6 capture an IPv6 connection cannot come through Envoy, so it is not judged.
-        when: [
-          ...(wish.ipv6 ? [] : [{ is: "family", family: 4 } as const]),
-          { is: "in", interface: "lo", not: true },
-          TCP,
-          ...when,
-          OPENING,
-        ],
+        when: [...(wish.ipv6 ? [] : [{ is: "family", family: 4 } as const]), outside, TCP, ...when, OPENING],
         verdict: reset,
         why: "to a declared port, but past Envoy",
       }),
@@ -704,6 +708,8 @@ function describeMatch(match: Match): string {
       return `${not}to ${match.cidr}`;
     case "addressedTo":
       return `addressed to ${match.cidr}`;
+    case "addressedToPort":
+      return `addressed to port ${match.port}`;
     case "in":
     case "out":
       return `${not}${match.is} ${match.interface}`;

@@ -73,7 +73,7 @@ export function chooseBackend(
   return { backend: defaultIs ?? "nft", why: "neither holds rules, and this is what `iptables` means here" };
 }
 
-async function backendEvidence(host: Reads, backend: Backend): Promise<BackendEvidence> {
+export async function backendEvidence(host: Reads, backend: Backend): Promise<BackendEvidence> {
   const program = `iptables-${backend}`;
   const version = await tryRun(host, { argv: [program, "--version"] });
   if (version?.code !== 0) return { installed: false, rules: 0, natRules: 0, kubernetes: false };
@@ -169,6 +169,10 @@ export interface SeenTable {
   readonly jumps: readonly SeenJump[];
   /** For each hook that should jump to us: the first rule before our jump that can divert a packet. */
   readonly ahead: readonly Ahead[];
+  /** Rules before our jumps that can keep no packet from us. */
+  readonly benign: readonly string[];
+  /** Rules before our jumps that untrack or choose a conntrack zone (table raw: the first one wins). */
+  readonly untracking: readonly string[];
   /** Hooks that should have a jump and have none. */
   readonly missing: readonly string[];
 }
@@ -224,6 +228,8 @@ async function readTable(
     own.push(...(await readChain(host, plan, family, table, chain)).map((rule) => rule.line));
   const jumps: SeenJump[] = [];
   const ahead: Ahead[] = [];
+  const benign: string[] = [];
+  const untracking: string[] = [];
   const missing: string[] = [];
   for (const hook of HOOKS) {
     const rules = await readChain(host, plan, family, table, hook);
@@ -233,13 +239,17 @@ async function readTable(
     const first = rules.findIndex((rule) => ours.includes(rule));
     if (first < 0) missing.push(hook);
     for (const [index, rule] of rules.slice(0, Math.max(first, 0)).entries()) {
+      if (rule.target === "CT" || rule.target === "NOTRACK") untracking.push(rule.line);
       const by = await divertingOwner(host, plan, family, table, rule, 0);
-      if (by === false) continue;
+      if (by === false) {
+        benign.push(rule.line);
+        continue;
+      }
       ahead.push({ hook, line: rule.line, by: by === "" ? undefined : by, position: index + 1 });
       break;
     }
   }
-  return { family, table, own, jumps, ahead, missing };
+  return { family, table, own, jumps, ahead, benign, untracking, missing };
 }
 
 /** Chains whose content need not be read (KUBE-SERVICES can have thousands of rules): they exist to divert. */

@@ -145,6 +145,8 @@ function extension(match: Match, family: Family): string[] {
       return ["-m addrtype --dst-type LOCAL"];
     case "addressedTo":
       return [`-m conntrack --ctorigdst ${match.cidr}`];
+    case "addressedToPort":
+      return [`-m conntrack --ctorigdstport ${match.port}`];
     case "leased":
       return recent(match.lease, family, `--rcheck --seconds ${LEASE_SECONDS}`);
     case "protocol":

@@ -156,12 +156,11 @@ describe("leases", () => {
     await install();
     await leased();
     const frozenAt = performance.now();
-    await lab.insideShell("for f in /proc/[0-9]*/status; do :; done");
-    signalTree(envoy, "SIGSTOP");
+    signal(envoy, "SIGSTOP");
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
     console.log(`frozen → direct in ${((performance.now() - frozenAt) / 1000).toFixed(2)} s`);
     expect(await lab.dial(UID.app, REMOTE.ip6, 80)).toBe("DIRECT");
-    signalTree(envoy, "SIGCONT");
+    signal(envoy, "SIGCONT");
     const back = await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
     console.log(`back in ${(back / 1000).toFixed(2)} s`);
   });
@@ -170,7 +169,7 @@ describe("leases", () => {
     const { envoy } = await lab.populate();
     await install();
     await leased();
-    signalTree(envoy, "SIGKILL");
+    signal(envoy, "SIGKILL");
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
     expect(await lab.dial(UID.app, SERVICE.ip6, 80)).toBe("refused");
@@ -184,10 +183,10 @@ describe("leases", () => {
       "nft delete table ip vmmesh; nft delete table ip6 vmmesh; nft delete table inet vmmesh-fence",
     );
     await leased();
-    signalTree(envoy, "SIGSTOP");
+    signal(envoy, "SIGSTOP");
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
     expect(await lab.dial(UID.app, REMOTE.ip6, 80)).toBe("DIRECT");
-    signalTree(envoy, "SIGCONT");
+    signal(envoy, "SIGCONT");
     await leased();
   });
 
@@ -206,11 +205,11 @@ describe("leases", () => {
     await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
     expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("AGENT");
     expect(await lab.ask(UID.agent, REMOTE.ip, 53)).toBe("RESOLVER");
-    signalTree(agent, "SIGSTOP");
+    signal(agent, "SIGSTOP");
     const lapse = await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "RESOLVER", 8000);
     console.log(`agent frozen → resolver in ${(lapse / 1000).toFixed(2)} s`);
     expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("RESOLVER");
-    signalTree(agent, "SIGCONT");
+    signal(agent, "SIGCONT");
     await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
   });
 });
@@ -314,6 +313,6 @@ describe("removal", () => {
 });
 
 /** `ip netns exec` replaces itself, so the child is the peer. */
-function signalTree(child: { readonly pid?: number | undefined }, signal: NodeJS.Signals): void {
-  if (child.pid !== undefined) process.kill(child.pid, signal);
+function signal(child: { readonly pid?: number | undefined }, name: NodeJS.Signals): void {
+  if (child.pid !== undefined) process.kill(child.pid, name);
 }

@@ -182,9 +182,18 @@ export class Lab implements AsyncDisposable {
     const texts = await Promise.all([
       this.inside([`iptables-${backend}-save`]),
       this.inside([`ip6tables-${backend}-save`]),
-      this.inside(["nft", "-s", "list", "ruleset"]),
+      this.inside(["nft", "-s", "-t", "list", "ruleset"]),
     ]);
-    return texts.flatMap(({ stdout }) => withoutCounters(stdout));
+    // Tables are printed in the order of their making, which says nothing about what they do.
+    return texts.flatMap(({ stdout }) =>
+      withoutCounters(stdout)
+        .join("\n")
+        .split(/\n(?=\*|table )/)
+        // What iptables-nft made is compared in its own words above.
+        .filter((table) => !/^table ip6? (raw|mangle|nat|filter) /.test(table))
+        .sort()
+        .flatMap((table) => table.split("\n")),
+    );
   }
 
   async rendered(wish: CaptureWish): Promise<RenderedPlan> {

@@ -1,0 +1,192 @@
+import fc from "fast-check";
+import { describe, expect, test } from "vitest";
+import { type CaptureWish, describePlan, type MachineFacts, planCapture } from "./plan.ts";
+import { renderPlan } from "./render.ts";
+import { isHook, MAX_WHY } from "./rules.ts";
+
+const MODERN: MachineFacts = {
+  backend: "nft",
+  backendWhy: "",
+  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
+  nft: true,
+  dnsTimeouts: true,
+  sshPorts: [22],
+};
+const OLD: MachineFacts = {
+  backend: "legacy",
+  backendWhy: "",
+  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
+  nft: false,
+  dnsTimeouts: false,
+  sshPorts: [22, 2222],
+};
+
+const JOIN: CaptureWish = {
+  agentUid: 990,
+  envoyUid: 989,
+  inbound: { kind: "ports", ports: [8080, 9000] },
+  sshPorts: [],
+  outbound: { cidrs: ["*"], excludeCidrs: ["192.168.7.0/24"], excludePorts: [5432] },
+  meshCidrs: ["10.96.0.0/12", "fd96::/108"],
+  dns: { servers: ["127.0.0.53", "fd00::53"] },
+  ipv6: true,
+  istiod: ["10.200.0.2:15012"],
+  keep: ["10.9.0.0/16"],
+};
+
+describe("rendered texts, as a person reviews them and the kernel gets them", () => {
+  test.for([
+    { name: "join", wish: JOIN, machine: MODERN },
+    {
+      name: "inbound-all-legacy",
+      wish: {
+        ...JOIN,
+        inbound: { kind: "all", excludePorts: [111] },
+        outbound: { ...JOIN.outbound, cidrs: ["10.0.0.0/8"] },
+      },
+      machine: OLD,
+    },
+  ] as const)("$name", async ({ name, wish, machine }) => {
+    const rendered = renderPlan(planCapture(wish, machine), { comments: true });
+    const parts = {
+      "ipv4.rules": rendered.ipv4,
+      "ipv6.rules": rendered.ipv6,
+      "guard.nft": rendered.guard,
+      "fence.nft": rendered.fence,
+      "undo.sh": rendered.undo,
+    };
+    for (const [part, text] of Object.entries(parts)) {
+      if (text !== undefined) await expect(text).toMatchFileSnapshot(`./golden/${name}.${part}`);
+    }
+    await expect(describePlan(rendered.plan)).toMatchFileSnapshot(`./golden/${name}.plan.txt`);
+  });
+});
+
+describe("what a machine cannot have", () => {
+  test("without nf_tables guard and fence are left out, and it is said", () => {
+    const plan = planCapture(JOIN, OLD);
+    expect(plan.guard).toBe(false);
+    expect(plan.fence).toEqual([]);
+    expect(describePlan(plan)).toContain("guard and fence are left out");
+  });
+
+  test("without iptables the guard captures alone, and it is said", () => {
+    const plan = planCapture(JOIN, {
+      ...MODERN,
+      backend: undefined,
+      programs: { 4: undefined, 6: undefined },
+    });
+    const rendered = renderPlan(plan, { comments: true });
+    expect(rendered).toMatchObject({ ipv4: undefined, ipv6: undefined });
+    expect(rendered.guard).toContain("table ip vmmesh");
+    expect(describePlan(plan)).toContain("the guard table captures alone");
+  });
+
+  test("with neither, it is refused", () => {
+    expect(() => planCapture(JOIN, { ...OLD, backend: undefined })).toThrow(
+      expect.objectContaining({ code: "RULES_REJECTED" }),
+    );
+  });
+
+  test("without ip6tables and nft the IPv6 gap is said", () => {
+    expect(planCapture(JOIN, { ...OLD, programs: { 4: "iptables", 6: undefined } }).notes).toContain(
+      "ip6tables is missing: IPv6 traffic is not captured",
+    );
+  });
+});
+
+describe("wishes that are refused", () => {
+  test.for([
+    { name: "root as an exempt user", wish: { envoyUid: 0 } },
+    { name: "a network that is none", wish: { meshCidrs: ["10.96.0.0/33"] } },
+    { name: "a name instead of a resolver's address", wish: { dns: { servers: ["localhost"] } } },
+    { name: "a name instead of istiod's address", wish: { istiod: ["istiod.istio-system.svc"] } },
+    { name: "a port beyond the last", wish: { inbound: { kind: "ports", ports: [70_000] } } },
+    { name: "a rule smuggled into a network", wish: { keep: ["10.0.0.0/8 -j ACCEPT"] } },
+  ] as const)("$name", ({ wish }) => {
+    expect(() => planCapture({ ...JOIN, ...wish }, MODERN)).toThrow(
+      expect.objectContaining({ code: "USAGE" }),
+    );
+  });
+});
+
+describe("safety", () => {
+  test("sshd's real ports are not captured even if somebody declares them", () => {
+    const plan = planCapture({ ...JOIN, inbound: { kind: "ports", ports: [22, 2222, 8080] } }, OLD);
+    expect(plan.inboundPorts).toEqual([8080]);
+    expect(plan.sshPorts).toEqual([22, 2222]);
+  });
+
+  const port = fc.integer({ min: 1, max: 65_535 });
+  const cidr = fc.oneof(
+    fc.tuple(fc.ipV4(), fc.integer({ min: 0, max: 32 })).map(([ip, bits]) => `${ip}/${bits}`),
+    fc.tuple(fc.ipV6(), fc.integer({ min: 0, max: 128 })).map(([ip, bits]) => `${ip}/${bits}`),
+  );
+  const wishes: fc.Arbitrary<CaptureWish> = fc.record({
+    agentUid: fc.integer({ min: 1, max: 60_000 }),
+    envoyUid: fc.integer({ min: 1, max: 60_000 }),
+    inbound: fc.oneof(
+      fc.record({ kind: fc.constant("ports" as const), ports: fc.array(port, { maxLength: 40 }) }),
+      fc.record({ kind: fc.constant("all" as const), excludePorts: fc.array(port, { maxLength: 40 }) }),
+    ),
+    sshPorts: fc.array(port, { maxLength: 3 }),
+    outbound: fc.record({
+      cidrs: fc.oneof(fc.constant(["*"]), fc.array(cidr, { maxLength: 4 })),
+      excludeCidrs: fc.array(cidr, { maxLength: 4 }),
+      excludePorts: fc.array(port, { maxLength: 20 }),
+    }),
+    meshCidrs: fc.array(cidr, { maxLength: 4 }),
+    dns: fc.option(fc.record({ servers: fc.array(fc.oneof(fc.ipV4(), fc.ipV6()), { maxLength: 3 }) }), {
+      nil: undefined,
+    }),
+    ipv6: fc.boolean(),
+    istiod: fc.array(
+      fc.tuple(fc.ipV4(), port).map(([ip, at]) => `${ip}:${at}`),
+      { maxLength: 2 },
+    ),
+    keep: fc.array(cidr, { maxLength: 3 }),
+  });
+
+  test("whatever is wished, every rule has a printable reason, every jump a chain, every REDIRECT only new connections", () => {
+    fc.assert(
+      fc.property(wishes, fc.constantFrom(MODERN, OLD), (wish, machine) => {
+        const plan = planCapture(wish, machine);
+        for (const { rules } of plan.families) {
+          for (const rule of rules) {
+            expect(rule.why).toMatch(new RegExp(`^[ !#-~]{1,${MAX_WHY}}$`));
+            const { verdict } = rule;
+            if (verdict.do === "jump") {
+              expect(rules.some((it) => it.table === rule.table && it.chain === verdict.chain)).toBe(true);
+            }
+            if (
+              verdict.do === "redirect" &&
+              rule.when.some((it) => it.is === "protocol" && it.protocol === "tcp")
+            ) {
+              expect(rule.when).toContainEqual({ is: "opening" });
+            }
+            for (const match of rule.when) {
+              if (match.is === "toPorts" || match.is === "fromPorts")
+                expect(match.ports.length).toBeLessThanOrEqual(15);
+            }
+          }
+          // Hooks come last: a jump is inserted when its chain is complete.
+          const hooks = rules.filter((rule) => rule.table === "nat").map((rule) => isHook(rule.chain));
+          expect(hooks.lastIndexOf(false)).toBeLessThan(hooks.indexOf(true));
+        }
+        for (const rule of plan.fence) expect(rule.why).toMatch(new RegExp(`^[ !#-~]{1,${MAX_WHY}}$`));
+      }),
+    );
+  });
+
+  test("no port that sshd or vmmesh uses is ever redirected inbound or fenced off as a declared one", () => {
+    fc.assert(
+      fc.property(wishes, (wish) => {
+        const plan = planCapture(wish, MODERN);
+        if (plan.inboundPorts === "all") return;
+        for (const never of [22, ...wish.sshPorts, 15_001, 15_006, 15_008, 15_020, 15_021, 15_053, 15_090]) {
+          expect(plan.inboundPorts).not.toContain(never);
+        }
+      }),
+    );
+  });
+});
