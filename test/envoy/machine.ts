@@ -169,6 +169,9 @@ export class TestMachine {
           NAMESPACE: namespace,
           SERVICE_ACCOUNT: target.serviceAccount,
           INSTANCE_IPS: this.address,
+          // By it and the address istiod finds the proxy whose entry has just come to be, to send it its inbound clusters.
+          CLUSTER_ID: target.clusterId,
+          ISTIO_VERSION: "1.31.0",
           AUTO_REGISTER_GROUP: target.group,
         },
       },
