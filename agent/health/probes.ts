@@ -1,4 +1,3 @@
-import { request } from "node:http";
 import { connect as connectHttp2 } from "node:http2";
 import type { Duplex } from "node:stream";
 import { connect as connectTls } from "node:tls";
@@ -7,6 +6,9 @@ import { ipFamily, ipv4Bytes, ipv6Bytes } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
 import type { Conditions } from "./conditions.ts";
+
+// Not imported, for the reason in telemetry/http.ts: 17 MB.
+const { request } = process.getBuiltinModule("node:http");
 
 /** How to ask the application whether it is well (ch. 5.3 of the VM protocol); all times in seconds. */
 export interface ProbeSpec {
