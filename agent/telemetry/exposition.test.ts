@@ -9,8 +9,8 @@ function joined(bodies: readonly string[], options: { cut?: number; openMetrics?
     const part = exposition.part(options.openMetrics ?? false);
     const bytes = Buffer.from(body);
     const cut = options.cut ?? bytes.length + 1;
-    for (let at = 0; at < bytes.length; at += cut) out += part.push(bytes.subarray(at, at + cut)).toString();
-    out += part.end().toString();
+    for (let at = 0; at < bytes.length; at += cut) out += part.push(bytes.subarray(at, at + cut)).join("");
+    out += part.end().join("");
   }
   return out;
 }

@@ -30,21 +30,26 @@ class ExpositionPart {
   }
 
   /**
-   * The complete lines in what has come so far.
+   * The complete lines in what has come so far, in one or two pieces: the line that `chunk` completes is joined, the
+   * rest of the chunk is passed on uncopied.
+   *
    * @throws {Error} if a line is longer than 1 MiB
    */
-  push(chunk: Buffer): Buffer {
-    const bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
-    const end = bytes.lastIndexOf(NEWLINE) + 1;
-    this.#rest = bytes.subarray(end);
+  push(chunk: Buffer): Buffer[] {
+    const first = this.#rest.length === 0 ? 0 : chunk.indexOf(NEWLINE) + 1;
+    const end = chunk.lastIndexOf(NEWLINE) + 1;
+    const joined = first === 0 ? undefined : Buffer.concat([this.#rest, chunk.subarray(0, first)]);
+    const rest = chunk.subarray(end);
+    // Copied, so that a few bytes do not hold the whole chunk.
+    this.#rest = end === 0 ? Buffer.concat([this.#rest, rest]) : Buffer.from(rest);
     if (this.#rest.length > MAX_LINE_BYTES) throw new Error("a line of the metrics is longer than 1 MiB");
-    const lines = bytes.subarray(0, end);
-    return this.#openMetrics ? this.#converted(lines) : this.#filtered(lines);
+    const pieces = [...(joined === undefined ? [] : [joined]), chunk.subarray(first, Math.max(first, end))];
+    return pieces.map((piece) => (this.#openMetrics ? this.#converted(piece) : this.#filtered(piece)));
   }
 
   /** The last line if the body ended without a line break. Not to be asked of a body that broke off. */
-  end(): Buffer {
-    return this.#rest.length === 0 ? this.#rest : this.push(Buffer.from("\n"));
+  end(): Buffer[] {
+    return this.#rest.length === 0 ? [] : this.push(Buffer.from("\n"));
   }
 
   /** Looks only at lines that begin with `#`, found by a search in native code: 10 MB take a few milliseconds. */

@@ -232,10 +232,12 @@ class Body {
     await this.#write(part.end());
   }
 
-  async #write(bytes: Buffer): Promise<void> {
+  async #write(pieces: readonly Buffer[]): Promise<void> {
     this.#signal.throwIfAborted();
-    if (bytes.length === 0 || this.#response.write(bytes)) return;
-    await once(this.#response, "drain", { signal: this.#signal });
+    for (const bytes of pieces) {
+      if (bytes.length === 0 || this.#response.write(bytes)) continue;
+      await once(this.#response, "drain", { signal: this.#signal });
+    }
   }
 }
 
