@@ -51,6 +51,8 @@ function clientOf(target: GrpcTarget): Client {
     // One connection per call of ours: credentials belong to it and may be new at the next.
     "grpc.use_local_subchannel_pool": 1,
     "grpc.enable_retries": 0,
+    // The proxy of an operator's shell is for the internet; istiod is dialled as given.
+    "grpc.enable_http_proxy": 0,
   });
 }
 
@@ -71,7 +73,10 @@ export function unary(
   timeoutMs: number,
   signal: AbortSignal,
 ): Promise<Uint8Array> {
+  // An abort that came before would never reach the listener below.
+  if (signal.aborted) return Promise.reject(signal.reason);
   const client = clientOf(target);
+  const scope = new AbortController();
   return new Promise<Uint8Array>((resolve, reject) => {
     const call = client.makeUnaryRequest(
       path,
@@ -85,8 +90,11 @@ export function unary(
         else reject(signal.aborted ? signal.reason : grpcError(error as ServiceError, target));
       },
     );
-    signal.addEventListener("abort", () => call.cancel(), { once: true });
-  }).finally(() => client.close());
+    signal.addEventListener("abort", () => call.cancel(), { once: true, signal: scope.signal });
+  }).finally(() => {
+    scope.abort();
+    client.close();
+  });
 }
 
 /** A bidirectional stream of raw messages. */

@@ -1,0 +1,144 @@
+import { createServer, type Server } from "node:net";
+import { Metadata, status } from "@grpc/grpc-js";
+import { afterEach, describe, expect, test } from "vitest";
+import { Authority } from "../../test/controlplane/authority.ts";
+import { SERVER_NAME, startIstiod } from "../../test/fakes/istiod.ts";
+import { type GrpcTarget, grpcError, openStream, type ServedStream, unary } from "./grpc.ts";
+
+const ECHO = "/test.Echo/Say";
+const NEVER = new AbortController().signal;
+
+const echo = (stream: ServedStream): void =>
+  stream.onMessage((message) => {
+    stream.send(message);
+    stream.end();
+  });
+
+function targetOf(port: number, rootCert: string, more: Partial<GrpcTarget> = {}): GrpcTarget {
+  return { address: "127.0.0.1", port, serverName: SERVER_NAME, rootCert, metadata: {}, ...more };
+}
+
+describe("a call over TLS", () => {
+  test("bytes go and come as they are, also above the 4 MiB of gRPC's default limit", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const big = Buffer.alloc(6 * 1024 * 1024, 7);
+    const answer = await unary(targetOf(istiod.port, istiod.authority.rootPem), ECHO, big, 10_000, NEVER);
+    expect(Buffer.compare(answer, big)).toBe(0);
+  });
+
+  test("an abort ends it, also one that came before", async () => {
+    await using istiod = await startIstiod({ [ECHO]: () => undefined });
+    const target = targetOf(istiod.port, istiod.authority.rootPem);
+    const scope = new AbortController();
+    const work = unary(target, ECHO, Buffer.from("x"), 10_000, scope.signal);
+    scope.abort(new Error("enough"));
+    await expect(work).rejects.toThrow("enough");
+    const startedMs = performance.now();
+    await expect(
+      unary(target, ECHO, Buffer.from("x"), 10_000, AbortSignal.abort(new Error("before"))),
+    ).rejects.toThrow("before");
+    expect(performance.now() - startedMs).toBeLessThan(2000);
+  });
+
+  test("a stream that the server ends in order is done without an error", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const seen: string[] = [];
+    const stream = openStream(targetOf(istiod.port, istiod.authority.rootPem), ECHO, (message) =>
+      seen.push(Buffer.from(message).toString()),
+    );
+    stream.send(Buffer.from("hello"));
+    await stream.done;
+    expect(seen).toEqual(["hello"]);
+  });
+
+  test("a method that is not served is said so", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const target = targetOf(istiod.port, istiod.authority.rootPem);
+    await expect(unary(target, "/test.Echo/Shout", Buffer.from("x"), 5000, NEVER)).rejects.toThrow(
+      /UNIMPLEMENTED/,
+    );
+  });
+});
+
+describe("a failure names its suspect", () => {
+  test("nobody listens", async () => {
+    const { rootPem } = await Authority.create("cluster.local");
+    const work = unary(targetOf(1, rootPem), ECHO, Buffer.from("x"), 5000, NEVER);
+    await expect(work).rejects.toMatchObject({ code: "ISTIOD_UNREACHABLE" });
+  });
+
+  test("the server's certificate is of another root", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const { rootPem } = await Authority.create("cluster.local");
+    const work = unary(targetOf(istiod.port, rootPem), ECHO, Buffer.from("x"), 5000, NEVER);
+    await expect(work).rejects.toMatchObject({ code: "ISTIOD_UNTRUSTED" });
+  });
+
+  test("the server's certificate is of another name", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo }, { names: ["somebody.else.svc"] });
+    const work = unary(targetOf(istiod.port, istiod.authority.rootPem), ECHO, Buffer.from("x"), 5000, NEVER);
+    await expect(work).rejects.toMatchObject({ code: "ISTIOD_UNTRUSTED" });
+  });
+
+  // The words are those of grpc-js 1.14.7 with OpenSSL 3, seen against `openssl s_server -Verify` and a closed port.
+  test.for([
+    {
+      name: "our certificate is of a root that the server does not know",
+      code: status.UNAVAILABLE,
+      details:
+        "No connection established. Last error: ssl3_read_bytes:tlsv1 alert unknown ca: SSL alert number 48",
+      want: "CERT_WRONG_ROOT",
+    },
+    {
+      name: "our certificate has ended",
+      code: status.UNAVAILABLE,
+      details: "No connection established. Last error: sslv3 alert bad certificate: SSL alert number 42",
+      want: "CERT_WRONG_ROOT",
+    },
+    {
+      name: "the token is not accepted",
+      code: status.UNAUTHENTICATED,
+      details: "authentication failure",
+      want: "IDENTITY_REFUSED",
+    },
+    {
+      name: "the identity may not do it",
+      code: status.PERMISSION_DENIED,
+      details: "no identities matched",
+      want: "IDENTITY_REFUSED",
+    },
+    {
+      name: "no answer in time",
+      code: status.DEADLINE_EXCEEDED,
+      details: "Deadline exceeded",
+      want: "ISTIOD_UNREACHABLE",
+    },
+    { name: "an end without a reason", code: status.INTERNAL, details: "", want: "ISTIOD_UNREACHABLE" },
+  ])("$name", ({ code, details, want }) => {
+    const failure = Object.assign(new Error(details), { code, details, metadata: new Metadata() });
+    expect(grpcError(failure, targetOf(15012, "")).code).toBe(want);
+  });
+});
+
+describe("the operator's shell has a proxy", () => {
+  let proxy: Server | undefined;
+  afterEach(() => {
+    delete process.env["https_proxy"];
+    proxy?.close();
+  });
+
+  test("istiod is dialled directly all the same", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    let asked = 0;
+    proxy = createServer((socket) => {
+      asked += 1;
+      socket.destroy();
+    });
+    await new Promise<void>((resolve) => proxy?.listen(0, "127.0.0.1", resolve));
+    const bound = proxy.address();
+    process.env["https_proxy"] = `http://127.0.0.1:${typeof bound === "object" ? bound?.port : 0}`;
+    const target = targetOf(istiod.port, istiod.authority.rootPem);
+    expect(Buffer.from(await unary(target, ECHO, Buffer.from("x"), 5000, NEVER)).toString()).toBe("x");
+    expect(asked).toBe(0);
+  });
+});
