@@ -1,4 +1,5 @@
 import { spawn } from "node:child_process";
+import { X509Certificate } from "node:crypto";
 import { once } from "node:events";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -59,6 +60,16 @@ describe("the embedded control plane keeps the contract that istiod keeps", () =
   afterAll(() => plane.stop());
 
   test.for(CONTRACT)("$name", ({ check }) => check(target));
+
+  test("after a rotation the new root signs, and a certificate of the older one still proves who it is", async () => {
+    const old = await enroll(target, { token: target.token });
+    await plane.rotateRoot();
+    const next = await enroll(target, { client: old });
+    const roots = next.chain.at(-1) ?? "";
+    expect(roots.match(/BEGIN CERTIFICATE/g)).toHaveLength(2);
+    expect(roots.endsWith(target.rootCert)).toBe(true);
+    expect(new X509Certificate(next.chain[0] ?? "").verify(new X509Certificate(roots).publicKey)).toBe(true);
+  });
 });
 
 test("the command serves, and writes bundles whose papers get a certificate", async () => {
@@ -177,6 +188,16 @@ describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
     expect(answers.map((it) => it.trim())).toEqual(["200", "404", "404", "404"]);
   });
 
+  test("both come back by themselves when the control plane drops them", async () => {
+    const streams = (): Promise<number[]> => Promise.all([client, server].map(controlPlaneStreams));
+    const before = await streams();
+    plane.dropConnections();
+    const grown = async (): Promise<boolean> =>
+      (await streams()).every((count, at) => count > (before[at] ?? 0));
+    await expect.poll(grown, { timeout: 10_000 }).toBe(true);
+    await expect.poll(() => plane.workloads().map((it) => it.connected)).toEqual([true, true]);
+  });
+
   test("a new endpoint list reaches Envoy while it runs: an unselected service has none", async () => {
     plane.setServices([{ ...DETAILS, selector: { app: "nobody" } }]);
     await expect
@@ -193,7 +214,8 @@ describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
   });
 
   test("draining closes the inbound listener, outbound goes on", async () => {
-    expect(await server.admin.activeConnections()).toBeGreaterThanOrEqual(0);
+    // The client's Envoy keeps its connection for the next request.
+    expect(await server.admin.activeConnections()).toBeGreaterThan(0);
     await client.admin.drainInbound();
     await expect.poll(() => client.node(GET("http://10.96.0.10/"))).toContain("x-forwarded-client-cert");
   });
@@ -201,7 +223,7 @@ describe.for(ENVOY_VERSIONS)("two machines with Envoy %s", (version) => {
 
 test("an Envoy whose /dev/stdout is a socket refuses the mesh's access log, and readiness says so", async () => {
   const binary = await fetchEnvoy("1.40.0");
-  const options = { address: "127.0.0.1", port: 0, services: [DETAILS], groups: [GROUP] };
+  const options = { address: "127.0.0.1", port: 0, services: [DETAILS], groups: [GROUP], graceMs: 50 };
   const plane = await startControlPlane({ ...options, accessLogFile: "/dev/stdout" });
   const machine = await TestMachine.start({
     binary,
@@ -215,6 +237,11 @@ test("an Envoy whose /dev/stdout is a socket refuses the mesh's access log, and 
     expect(plane.refusals()[0]?.message).toContain("/dev/stdout");
   } finally {
     await machine.stop();
+  }
+  try {
+    // The grace period of a machine that went away is over.
+    await expect.poll(() => plane.workloads()).toEqual([]);
+  } finally {
     await plane.stop();
   }
 });
@@ -223,6 +250,12 @@ const GET = (url: string): string => `console.log(await (await fetch("${url}")).
 
 async function textOf(stream: Readable): Promise<string> {
   return Buffer.concat((await stream.toArray()) as Buffer[]).toString("utf8");
+}
+
+/** How often Envoy has opened its way to the control plane. */
+async function controlPlaneStreams(machine: TestMachine): Promise<number> {
+  const text = await textOf(await machine.admin.prometheus({ query: "filter=upstream_cx_total" }));
+  return Number(/^envoy_cluster_upstream_cx_total\{cluster_name="xds-grpc"\} (\d+)$/m.exec(text)?.[1] ?? 0);
 }
 
 async function requests(machine: TestMachine): Promise<number> {
