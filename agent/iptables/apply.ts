@@ -110,8 +110,13 @@ export async function applyPlan(
   try {
     await arm(host, here, options);
     const started = host.clock.monotonicMs();
+    const former = await readState(host.files, rulesDir, "confirmed");
+    // Its chains would stay behind; for a moment nothing captures, which only a change of the join's own options can bring.
+    const shrinks = former !== undefined && !covers(plan, former.state.plan);
+    if (shrinks) await undo(host, former.here, "now");
     await addPassthroughAddress(host, here, plan);
-    for (const { family } of plan.families) await applyFamily(host, plan, family, TABLES, before);
+    for (const { family } of plan.families)
+      await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
     await applyNft(host, rendered);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
@@ -149,8 +154,8 @@ async function test(host: Applies, rendered: RenderedPlan): Promise<void> {
     const result = await host.run({ argv: [program, "--test", ...args], input: text });
     if (result.code !== 0) throw refused(result, `${program} --test`);
   }
-  const nft = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
-  if (nft === "") return;
+  const nft = nftText(rendered);
+  if (nft === undefined) return;
   const result = await host.run({ argv: ["nft", "--check", "-f", "-"], input: nft });
   if (result.code !== 0) throw refused(result, "nft --check");
 }
@@ -164,8 +169,8 @@ async function writeGeneration(
   const texts: [string, string | undefined][] = [
     ["ipv4.rules", rendered.ipv4],
     ["ipv6.rules", rendered.ipv6],
-    ["guard.nft", rendered.guard],
-    ["fence.nft", rendered.fence],
+    // One file, so that `nft -f` at boot loads guard and fence as one transaction.
+    ["boot.nft", nftText(rendered)],
     ["undo.sh", rendered.undo],
   ];
   for (const [name, text] of texts) {
@@ -197,6 +202,18 @@ async function addPassthroughAddress(host: Applies, here: string, plan: CaptureP
     argv: ["ip", "-6", "addr", "add", `${PASSTHROUGH[6]}/128`, "dev", "lo"],
   });
   if (added?.code === 0) await host.files.writeAtomic(`${here}/made.address`, "", PRIVATE);
+}
+
+/** Does `next` write every chain that `former` wrote? Pure. */
+export function covers(next: CapturePlan, former: CapturePlan): boolean {
+  const chains = (plan: CapturePlan): string[] => [
+    ...plan.families.flatMap(({ family, rules }) =>
+      rules.map(({ table, chain }) => `${plan.backend} ${plan.programs[family]} ${family} ${table} ${chain}`),
+    ),
+    ...nftTables(plan),
+  ];
+  const there = new Set(chains(next));
+  return chains(former).every((chain) => there.has(chain));
 }
 
 async function arm(host: Applies, here: string, { confirmWithinMs, unit }: ApplyOptions): Promise<void> {
@@ -265,9 +282,15 @@ async function applyFamily(
   }
 }
 
-async function applyNft(host: Applies, rendered: Pick<RenderedPlan, "guard" | "fence">): Promise<void> {
+/** Guard and fence as one transaction; undefined if there is neither. */
+function nftText(rendered: Pick<RenderedPlan, "guard" | "fence">): string | undefined {
   const text = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
-  if (text === "") return;
+  return text === "" ? undefined : text;
+}
+
+async function applyNft(host: Applies, rendered: Pick<RenderedPlan, "guard" | "fence">): Promise<void> {
+  const text = nftText(rendered);
+  if (text === undefined) return;
   const result = await host.run({ argv: ["nft", "-f", "-"], input: text });
   if (result.code !== 0) throw refused(result, "nft -f -");
 }

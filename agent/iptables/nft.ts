@@ -107,7 +107,9 @@ export function renderFence(rules: readonly FenceRule[]): string {
 function fenceRule(rule: FenceRule): string[] {
   const verdict =
     rule.verdict.do === "return" ? "return" : `counter name "refused_${rule.chain}" reject with tcp reset`;
-  const variants = rule.when.some((match) => match.is === "addressedTo") ? [true, false] : [true];
+  const variants = rule.when.some((match) => match.is === "addressedTo" || match.is === "addressedToPorts")
+    ? [true, false]
+    : [true];
   return variants.map((tracked) =>
     [
       ...(tracked ? [] : ["ct state untracked"]),
@@ -142,8 +144,8 @@ function expression(match: Match, tracked: boolean): string {
       return tracked
         ? `ct original ${ip(match.cidr)} daddr ${match.cidr}`
         : `${ip(match.cidr)} daddr ${match.cidr}`;
-    case "addressedToPort":
-      return `ct original proto-dst ${match.port}`;
+    case "addressedToPorts":
+      return `${tracked ? "ct original proto-dst" : "th dport"} { ${match.ports.join(", ")} }`;
     case "in":
       return `iifname ${not(match)}"${match.interface}"`;
     case "out":

@@ -222,7 +222,8 @@ function exemptions(wish: CaptureWish, family: Family): Exemption[] {
   const { excludeCidrs, excludePorts } = wish.outbound;
   return [
     ...portGroups(wish.sshPorts).map((ports) => ({
-      when: [TCP, { is: "fromPorts", ports } as const],
+      // Only root's: a source port that anybody may bind must not be a way around the mesh.
+      when: [TCP, { is: "fromPorts", ports } as const, owner(0)],
       why: "what sshd answers stays direct: the operator's session never depends on the mesh",
     })),
     ...wish.istiod
@@ -608,7 +609,7 @@ function fenceRules(wish: CaptureWish): FenceRule[] {
             ...exemptions(wish, family).map(({ when, why }) => out(when.map(beforeNat), RETURN, why)),
             ...of(wish.dns?.servers ?? [], family).map((server) =>
               out(
-                [beforeNat(to(server)), TCP, { is: "toPorts", ports: [53] }],
+                [to(server), TCP, { is: "toPorts", ports: [53] } as const].map(beforeNat),
                 RETURN,
                 "the resolver may be asked directly",
               ),
@@ -622,7 +623,13 @@ function fenceRules(wish: CaptureWish): FenceRule[] {
   const listeners = [PORTS.outbound, PORTS.inbound].map(
     (port): FenceRule => ({
       chain: "input",
-      when: [outside, TCP, { is: "toPorts", ports: [port] }, { is: "addressedToPort", port }, OPENING],
+      when: [
+        outside,
+        TCP,
+        { is: "toPorts", ports: [port] },
+        { is: "addressedToPorts", ports: [port] },
+        OPENING,
+      ],
       verdict: reset,
       why: "Envoy's listeners for captured traffic cannot be dialled from outside",
     }),
@@ -644,7 +651,8 @@ function fenceRules(wish: CaptureWish): FenceRule[] {
 
 /** The fence runs after NAT; who was exempt by the address that the application dialled stays exempt. */
 function beforeNat(match: Match): Match {
-  return match.is === "to" && match.not === undefined ? { is: "addressedTo", cidr: match.cidr } : match;
+  if (match.is === "to" && match.not === undefined) return { is: "addressedTo", cidr: match.cidr };
+  return match.is === "toPorts" ? { is: "addressedToPorts", ports: match.ports } : match;
 }
 
 /** For `vmmesh iptables plan`: what is captured, what is let through and why, what happens when something dies. */
@@ -708,8 +716,8 @@ function describeMatch(match: Match): string {
       return `${not}to ${match.cidr}`;
     case "addressedTo":
       return `addressed to ${match.cidr}`;
-    case "addressedToPort":
-      return `addressed to port ${match.port}`;
+    case "addressedToPorts":
+      return `addressed to port ${match.ports.join(",")}`;
     case "in":
     case "out":
       return `${not}${match.is} ${match.interface}`;

@@ -143,10 +143,6 @@ function extension(match: Match, family: Family): string[] {
       return [`-m owner ${not(match)}--uid-owner ${match.uid}`];
     case "toThisMachine":
       return ["-m addrtype --dst-type LOCAL"];
-    case "addressedTo":
-      return [`-m conntrack --ctorigdst ${match.cidr}`];
-    case "addressedToPort":
-      return [`-m conntrack --ctorigdstport ${match.port}`];
     case "leased":
       return recent(match.lease, family, `--rcheck --seconds ${LEASE_SECONDS}`);
     case "protocol":
@@ -159,6 +155,9 @@ function extension(match: Match, family: Family): string[] {
     case "opening":
     case "accepted":
     case "family":
+    // The fence's own; it is never rendered for iptables.
+    case "addressedTo":
+    case "addressedToPorts":
       return [];
   }
 }

@@ -43,8 +43,8 @@ export type Match =
   | { readonly is: "to"; readonly cidr: string; readonly not?: true }
   /** Destination before any NAT, whether the packet is tracked or not. */
   | { readonly is: "addressedTo"; readonly cidr: string }
-  /** Port before any NAT: somebody dialled our listener itself. */
-  | { readonly is: "addressedToPort"; readonly port: number }
+  /** Ports before any NAT, whether the packet is tracked or not. */
+  | { readonly is: "addressedToPorts"; readonly ports: readonly number[] }
   | { readonly is: "in" | "out"; readonly interface: string; readonly not?: true }
   | { readonly is: "fromPorts" | "toPorts"; readonly ports: readonly number[] }
   | { readonly is: "owner"; readonly uid: number; readonly not?: true }

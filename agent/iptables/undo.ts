@@ -52,16 +52,13 @@ export function renderUndoScript(plan: CapturePlan): string {
     ),
     // A former generation was confirmed: it comes back with the texts that were rendered for it.
     'if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then',
-    ...families.map(
-      ({ family }) => `  ${restore(plan, family)} <"$rules/confirmed/ipv${family}.rules" || failed=1`,
-    ),
-    ...(plan.guard
-      ? [
-          "  for file in guard fence; do",
-          '    [ ! -e "$rules/confirmed/$file.nft" ] || nft -f "$rules/confirmed/$file.nft" || failed=1',
-          "  done",
-        ]
-      : []),
+    ...([4, 6] as const)
+      .filter((family) => plan.backend !== undefined && plan.programs[family] !== undefined)
+      .map((family) => {
+        const text = `"$rules/confirmed/ipv${family}.rules"`;
+        return `  [ ! -e ${text} ] || ${restore(plan, family)} <${text} || failed=1`;
+      }),
+    '  [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1',
     "fi",
     "exit $failed",
     "",
@@ -91,13 +88,15 @@ function undoTable(plan: CapturePlan, wanted: FamilyPlan, table: Table): string[
   const toOurs = `s/^-A \\(.* -j \\(${chains.join("\\|")}\\)\\)$/-D \\1/p`;
   const nftFamily = family === 4 ? "ip" : "ip6";
   return [
-    "{",
+    // The whole text first: legacy's restore would hold the lock for which the listing within it waits.
+    "text=$(",
     `  echo '*${table}'`,
     ...chains.map((chain) => `  echo ':${chain} - [0:0]'`),
     ...HOOKS.map((hook) => `  ${program} -t ${table} -S ${hook} | sed -n '${toOurs}'`),
     ...chains.map((chain) => `  echo '-X ${chain}'`),
     "  echo COMMIT",
-    `} | ${restore(plan, family)} || failed=1`,
+    ")",
+    `printf '%s\\n' "$text" | ${restore(plan, family)} || failed=1`,
     ...(plan.backend === "nft"
       ? [
           "# The table was not there before us: it goes if nobody else has put anything into it.",

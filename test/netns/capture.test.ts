@@ -1,5 +1,8 @@
+import { spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { auditCapture, auditExitCode } from "../../agent/iptables/audit.ts";
+import { readMachine } from "../../agent/iptables/read.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
@@ -103,6 +106,24 @@ describe("other owners of the firewall", () => {
     expect((await lab.insideShell("iptables-nft -t nat -S OUTPUT | grep ^-A")).split("\n")[0]).toContain(
       "ISTIO_OUTPUT",
     );
+  });
+
+  test("what is excluded stays direct also where kube-proxy changes its address and port", async () => {
+    await lab.populate();
+    await install({ ...WISH, outbound: { ...WISH.outbound, excludePorts: [80] } });
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("DIRECT");
+    await lab.insideShell(KUBE_PREPEND);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("POD");
+  });
+
+  test("Envoy's own listeners cannot be dialled from outside", async () => {
+    await lab.populate();
+    expect(await lab.dial(UID.app, MACHINE.ip, 15_001, lab.world)).toBe("ENVOY-OUT");
+    await install();
+    for (const port of [15_001, 15_006]) {
+      expect(await lab.dial(UID.app, MACHINE.ip, port, lab.world)).toBe("refused");
+      expect(await lab.dial(UID.app, MACHINE.ip6, port, lab.world)).toBe("refused");
+    }
   });
 
   test("an nft nat chain of the same priority, registered last: the guard captures", async () => {
@@ -214,7 +235,144 @@ describe("leases", () => {
   });
 });
 
+describe("a kernel without nf_tables", () => {
+  const LEGACY = {
+    backend: "legacy",
+    programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
+    nft: false,
+  } as const;
+
+  test("legacy iptables alone: capture, leases, repair and removal", async () => {
+    const { envoy } = await lab.populate();
+    // Registered legacy tables stay until the next boot; here they are made first, so that equality can be asked for.
+    for (const table of ["raw", "mangle", "nat"]) {
+      await lab.insideShell(`iptables-legacy -t ${table} -S; ip6tables-legacy -t ${table} -S`);
+    }
+    const before = await lab.firewall("legacy");
+    const trial = await applyPlan(lab.host, await lab.rendered(WISH, LEGACY), options());
+    await trial.confirm();
+    await leased();
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await lab.dial(UID.envoy, SERVICE.ip6, 80)).toBe("DIRECT");
+    expect(await lab.dial(UID.app, MACHINE.ip6, 9000, lab.world)).toBe("ENVOY-IN");
+    expect(await lab.dial(UID.app, MACHINE.ip, 22, lab.world)).toBe("SSHD");
+    await lab.insideShell(
+      "iptables-legacy -t nat -F OUTPUT; ip6tables-legacy -t nat -I OUTPUT 1 -p tcp -j ACCEPT",
+    );
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("DIRECT");
+    expect((await loadConfirmed(lab.host, lab.rulesDir)).repaired).toHaveLength(2);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    await lab.insideShell("ip6tables-legacy -t nat -D OUTPUT -p tcp -j ACCEPT");
+    signal(envoy, "SIGKILL");
+    await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 8000);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({
+      residue: [],
+      foreignUnchanged: true,
+    });
+    expect(await lab.firewall("legacy")).toEqual(before);
+  });
+});
+
+describe("audit", () => {
+  test("nothing on a fresh machine, nothing after a join, the jump and who is ahead when they are", async () => {
+    await lab.populate();
+    expect(await auditCapture(lab.host, undefined)).toEqual([]);
+    await install();
+    expect(await auditCapture(lab.host, lab.rulesDir)).toEqual([]);
+    await lab.insideShell(KUBE_PREPEND);
+    await lab.insideShell("ip6tables-nft -t nat -F OUTPUT");
+    const found = await auditCapture(lab.host, lab.rulesDir);
+    expect(found.map(({ id }) => id)).toEqual(["FW001", "FW002"]);
+    expect(auditExitCode(found)).toBe(2);
+    await removeCapture(lab.host, lab.rulesDir);
+    expect(await auditCapture(lab.host, undefined)).toEqual([]);
+  });
+
+  test("it writes nothing: no legacy table is registered by looking", async () => {
+    const before = await lab.firewall();
+    await auditCapture(lab.host, undefined);
+    await readMachine(lab.host);
+    expect(await lab.firewall()).toEqual(before);
+    expect(await lab.insideShell("cat /proc/net/ip_tables_names")).toBe("");
+  });
+});
+
 describe("commit-confirm", () => {
+  test("the process that applied is killed: the rules go out on time", async () => {
+    await lab.populate();
+    const before = await lab.firewall();
+    const child = spawn(
+      "ip",
+      [
+        "netns",
+        "exec",
+        lab.machine,
+        process.execPath,
+        new URL("apply-and-wait.ts", import.meta.url).pathname,
+        lab.rulesDir,
+        "2500",
+      ],
+      { stdio: ["ignore", "pipe", "inherit"] },
+    );
+    await new Promise((resolve) => child.stdout.once("data", resolve));
+    signal(child, "SIGKILL");
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    await eventually(async () => (await lab.dial(UID.app, SERVICE.ip, 80)) === "DIRECT", 8000);
+    await eventually(async () => JSON.stringify(await lab.firewall()) === JSON.stringify(before), 3000);
+  });
+
+  test("a reboot in a trial comes back without it, and with what was confirmed", async () => {
+    await install();
+    const before = await lab.firewall();
+    const trial = await applyPlan(lab.host, await lab.rendered({ ...WISH, sshPorts: [2222] }), options());
+    await lab.insideShell("nft flush ruleset");
+    const rebooted: typeof lab.host = {
+      ...lab.host,
+      files: {
+        ...lab.host.files,
+        readText: async (path) => (path.endsWith("/boot_id") ? "another\n" : lab.host.files.readText(path)),
+      },
+    };
+    expect(await loadConfirmed(rebooted, lab.rulesDir)).toMatchObject({
+      state: "repaired",
+      droppedTrial: true,
+    });
+    expect(await lab.firewall()).toEqual(before);
+    await expect(trial.confirm()).rejects.toMatchObject({ code: "RULES_NOT_CONFIRMED" });
+  });
+
+  test("what is loaded at boot before the network, without Node, closes the mesh", async () => {
+    await lab.populate();
+    await install();
+    await lab.insideShell(`nft flush ruleset; nft -f ${lab.rulesDir}/confirmed/boot.nft`);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+    await lab.insideShell("nft delete table ip vmmesh");
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+  });
+
+  test("fewer families than before: nothing of the former rules stays", async () => {
+    await lab.populate();
+    await install();
+    await install({ ...WISH, ipv6: false, inbound: { kind: "ports", ports: [] } });
+    expect(await lab.dial(UID.app, SERVICE.ip6, 80)).toBe("DIRECT");
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("APP");
+    expect(await lab.insideShell("ip6tables-nft-save; iptables-nft-save")).not.toContain("ISTIO_INBOUND");
+    await removeCapture(lab.host, lab.rulesDir);
+    expect((await lab.firewall()).filter((line) => /ISTIO|VMMESH|vmmesh/.test(line))).toEqual([]);
+  });
+
+  test("somebody else's istio-iptables is not overwritten", async () => {
+    await lab.insideShell(
+      "iptables-nft -t nat -N ISTIO_OUTPUT; iptables-nft -t nat -A ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN",
+    );
+    const before = await lab.firewall();
+    await expect(applyPlan(lab.host, await lab.rendered(WISH), options())).rejects.toMatchObject({
+      code: "RULES_REJECTED",
+    });
+    expect(await lab.firewall()).toEqual(before);
+  });
+
   test("nobody confirms: the timer takes everything out, without Node", async () => {
     await lab.populate();
     const before = await lab.firewall();

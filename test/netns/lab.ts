@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { withoutCounters } from "../../agent/iptables/parse.ts";
-import { type CaptureWish, planCapture } from "../../agent/iptables/plan.ts";
+import { type CaptureWish, type MachineFacts, planCapture } from "../../agent/iptables/plan.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
 import { type RenderedPlan, renderPlan } from "../../agent/iptables/render.ts";
 import type { CommandResult, Host } from "../../agent/platform/host.ts";
@@ -32,6 +32,8 @@ export const WISH: CaptureWish = {
 };
 
 interface Listeners {
+  /** Name of the process, as ps shows it. */
+  comm?: string;
   tcp?: readonly (readonly [address: string, port: number, name: string])[];
   udp?: readonly (readonly [address: string, port: number, name: string])[];
   /** Health checks: a connection every half second. */
@@ -120,6 +122,7 @@ export class Lab implements AsyncDisposable {
       ["::", port, name] as const,
     ];
     const envoy = await this.serve(this.machine, UID.envoy, {
+      comm: "envoy",
       tcp: [...both(15001, "ENVOY-OUT"), ...both(15006, "ENVOY-IN")],
       beat: [
         ["127.77.0.1", 15001],
@@ -196,8 +199,8 @@ export class Lab implements AsyncDisposable {
     );
   }
 
-  async rendered(wish: CaptureWish): Promise<RenderedPlan> {
-    return renderPlan(planCapture(wish, await readMachine(this.host)), { comments: true });
+  async rendered(wish: CaptureWish, facts: Partial<MachineFacts> = {}): Promise<RenderedPlan> {
+    return renderPlan(planCapture(wish, { ...(await readMachine(this.host)), ...facts }), { comments: true });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

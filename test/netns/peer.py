@@ -111,11 +111,14 @@ def hold(address, port):
                 print(type(error).__name__, flush=True)
 
 
+if sys.argv[1] == "serve" and (comm := json.loads(sys.argv[3]).get("comm")):
+    # Before the change of user, which makes /proc/self root's.
+    with open("/proc/self/comm", "w", encoding="ascii") as own_name:
+        own_name.write(comm)
 os.setgid(int(sys.argv[2]))
 os.setgroups([])
 os.setuid(int(sys.argv[2]))
 if sys.argv[1] == "serve":
-    # Binding port 53 needs a capability that this uid has not: the tests allow it by sysctl.
     serve(json.loads(sys.argv[3]))
 else:
     {"dial": dial, "ask": ask, "hold": hold}[sys.argv[1]](sys.argv[3], int(sys.argv[4]))

@@ -13,7 +13,7 @@ if [ "$mode" != now ]; then
 fi
 failed=0
 [ ! -e "$here/made.address" ] || ip -6 addr del ::6/128 dev lo || true
-{
+text=$(
   echo '*nat'
   echo ':ISTIO_REDIRECT - [0:0]'
   echo ':ISTIO_IN_REDIRECT - [0:0]'
@@ -28,16 +28,18 @@ failed=0
   echo '-X ISTIO_OUTPUT'
   echo '-X ISTIO_OUTPUT_DNS'
   echo COMMIT
-} | iptables-legacy-restore --noflush -w 5 || failed=1
-{
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
   echo '*mangle'
   echo ':VMMESH_LEASE - [0:0]'
   iptables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   iptables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   echo '-X VMMESH_LEASE'
   echo COMMIT
-} | iptables-legacy-restore --noflush -w 5 || failed=1
-{
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
   echo '*raw'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
   echo ':ISTIO_INBOUND - [0:0]'
@@ -46,8 +48,9 @@ failed=0
   echo '-X ISTIO_OUTPUT_DNS'
   echo '-X ISTIO_INBOUND'
   echo COMMIT
-} | iptables-legacy-restore --noflush -w 5 || failed=1
-{
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
   echo '*nat'
   echo ':ISTIO_REDIRECT - [0:0]'
   echo ':ISTIO_IN_REDIRECT - [0:0]'
@@ -62,16 +65,18 @@ failed=0
   echo '-X ISTIO_OUTPUT'
   echo '-X ISTIO_OUTPUT_DNS'
   echo COMMIT
-} | ip6tables-legacy-restore --noflush -w 5 || failed=1
-{
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+text=$(
   echo '*mangle'
   echo ':VMMESH_LEASE - [0:0]'
   ip6tables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   ip6tables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   echo '-X VMMESH_LEASE'
   echo COMMIT
-} | ip6tables-legacy-restore --noflush -w 5 || failed=1
-{
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+text=$(
   echo '*raw'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
   echo ':ISTIO_INBOUND - [0:0]'
@@ -80,9 +85,11 @@ failed=0
   echo '-X ISTIO_OUTPUT_DNS'
   echo '-X ISTIO_INBOUND'
   echo COMMIT
-} | ip6tables-legacy-restore --noflush -w 5 || failed=1
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
 if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
-  iptables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv4.rules" || failed=1
-  ip6tables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv4.rules" || failed=1
+  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
 fi
 exit $failed

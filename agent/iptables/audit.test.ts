@@ -1,0 +1,409 @@
+import { describe, expect, test } from "vitest";
+import { auditExitCode, type Evidence, inputVerdict, judge } from "./audit.ts";
+import { type ParsedRule, parseListeners, parseRule, parseRules } from "./parse.ts";
+import { type CaptureWish, type MachineFacts, planCapture } from "./plan.ts";
+import type { BackendEvidence, SeenTable } from "./read.ts";
+import { renderRule, tableRules } from "./render.ts";
+import { isHook } from "./rules.ts";
+
+const MACHINE: MachineFacts = {
+  backend: "nft",
+  backendWhy: "",
+  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
+  nft: true,
+  dnsTimeouts: true,
+  sshPorts: [22],
+};
+const WISH: CaptureWish = {
+  agentUid: 990,
+  envoyUid: 989,
+  inbound: { kind: "ports", ports: [9000] },
+  sshPorts: [],
+  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
+  meshCidrs: ["10.96.0.0/12"],
+  dns: { servers: ["127.0.0.53"] },
+  ipv6: true,
+  istiod: [],
+  keep: [],
+};
+
+/** What `readTables` finds right after the plan was applied. */
+function asApplied(plan = planCapture(WISH, MACHINE)): SeenTable[] {
+  return plan.families.flatMap((wanted) =>
+    (["raw", "mangle", "nat"] as const).flatMap((table) => {
+      const rules = tableRules(wanted, table).map((rule) => ({
+        rule,
+        line: `-A ${rule.chain} ${renderRule(rule, wanted.family, { comments: true })}`,
+      }));
+      if (rules.length === 0) return [];
+      return [
+        {
+          family: wanted.family,
+          table,
+          own: rules.filter(({ rule }) => !isHook(rule.chain)).map(({ line }) => line),
+          jumps: rules.filter(({ rule }) => isHook(rule.chain)).map(({ line }) => ({ table, line })),
+          ahead: [],
+          benign: [],
+          untracking: [],
+          missing: [],
+        },
+      ];
+    }),
+  );
+}
+
+const BACKEND: BackendEvidence = { installed: true, rules: 0, natRules: 0, kubernetes: false };
+const NFT = { "ip vmmesh": "guard", "ip6 vmmesh": "guard6", "inet vmmesh-fence": "fence" };
+const LISTENERS = parseListeners(
+  [
+    'LISTEN 0 128 0.0.0.0:22 0.0.0.0:* users:(("sshd",pid=10,fd=3))',
+    'LISTEN 0 128 0.0.0.0:15001 0.0.0.0:* users:(("envoy",pid=20,fd=3))',
+    'LISTEN 0 128 0.0.0.0:15006 0.0.0.0:* users:(("envoy",pid=20,fd=4))',
+    'LISTEN 0 128 127.0.0.1:15053 0.0.0.0:* users:(("node",pid=30,fd=4))',
+    'LISTEN 0 128 0.0.0.0:9000 0.0.0.0:* users:(("app",pid=40,fd=4))',
+  ].join("\n"),
+);
+
+const HEALTHY: Evidence = {
+  noPrivilege: undefined,
+  confirmed: {
+    plan: planCapture(WISH, MACHINE),
+    printed: asApplied().map(({ family, table, own }) => ({ family, table, own })),
+    nft: NFT,
+  },
+  overdueTrial: false,
+  tables: asApplied(),
+  strayRules: [],
+  nftNow: NFT,
+  baseChains: [],
+  backends: { nft: { ...BACKEND, rules: 40, natRules: 20 }, legacy: BACKEND },
+  legacyTables: [],
+  input: { policy: "ACCEPT", chains: new Map() },
+  listeners: LISTENERS,
+  udpListeners: [{ address: "127.0.0.1", port: 15_053, processes: [] }],
+  processes: [
+    { pid: 1, uid: 0, name: "systemd" },
+    { pid: 20, uid: 989, name: "envoy" },
+    { pid: 30, uid: 990, name: "MainThread" },
+    { pid: 40, uid: 1000, name: "app" },
+  ],
+  sshPorts: [22],
+  ipv6Default: true,
+  persisted: [],
+  refusal: undefined,
+  traces: [],
+};
+const UNJOINED: Evidence = {
+  ...HEALTHY,
+  confirmed: undefined,
+  tables: [],
+  nftNow: {},
+  listeners: [],
+  processes: [],
+};
+
+/** The same table of nat, IPv4, changed. */
+function withNat(change: Partial<SeenTable>): SeenTable[] {
+  return HEALTHY.tables.map((seen) =>
+    seen.table === "nat" && seen.family === 4 ? { ...seen, ...change } : seen,
+  );
+}
+
+function inputRules(policy: string, lines: readonly string[]): Evidence["input"] {
+  const chains = new Map<string, ParsedRule[]>([["INPUT", []]]);
+  for (const rule of parseRules(lines.join("\n")))
+    chains.set(rule.chain, [...(chains.get(rule.chain) ?? []), rule]);
+  return { policy, chains };
+}
+
+const natV4 = HEALTHY.tables.find((seen) => seen.table === "nat" && seen.family === 4);
+const KUBE_NFT = { table: "ip kube-proxy", chain: "nat-output", type: "nat", hook: "output", priority: -100 };
+const noGuard = { "inet vmmesh-fence": "fence" };
+
+describe("every finding fires on its own evidence", () => {
+  const rows: readonly { id: string; name: string; evidence: Evidence }[] = [
+    {
+      id: "FW001",
+      name: "somebody ran iptables -t nat -F",
+      evidence: { ...HEALTHY, tables: withNat({ missing: ["OUTPUT"], jumps: [] }) },
+    },
+    {
+      id: "FW002",
+      name: "KUBE-SERVICES was put ahead",
+      evidence: {
+        ...HEALTHY,
+        tables: withNat({
+          ahead: [{ hook: "OUTPUT", line: "-A OUTPUT -j KUBE-SERVICES", by: "kube-proxy", position: 1 }],
+        }),
+      },
+    },
+    {
+      id: "FW003",
+      name: "Calico's empty chain is ahead",
+      evidence: { ...HEALTHY, tables: withNat({ benign: ["-A OUTPUT -j cali-OUTPUT"] }) },
+    },
+    {
+      id: "FW004",
+      name: "two installers inserted the jump",
+      evidence: {
+        ...HEALTHY,
+        tables: withNat({ jumps: [...(natV4?.jumps ?? []), ...(natV4?.jumps ?? [])] }),
+      },
+    },
+    {
+      id: "FW005",
+      name: "a rule of ours was deleted",
+      evidence: { ...HEALTHY, tables: withNat({ own: (natV4?.own ?? []).slice(1) }) },
+    },
+    {
+      id: "FW005",
+      name: "our rules stand in another order",
+      evidence: { ...HEALTHY, tables: withNat({ own: [...(natV4?.own ?? [])].reverse() }) },
+    },
+    {
+      id: "FW006",
+      name: "left, but a chain stayed",
+      evidence: {
+        ...UNJOINED,
+        strayRules: ['nat: -A ISTIO_OUTPUT -m comment --comment "vmmesh: x" -j RETURN'],
+      },
+    },
+    {
+      id: "FW007",
+      name: "pilot-agent's rules on a machine that is not joined",
+      evidence: { ...UNJOINED, strayRules: ["nat: -A ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN"] },
+    },
+    {
+      id: "FW007",
+      name: "a rule without our comment in our chain",
+      evidence: {
+        ...HEALTHY,
+        tables: withNat({ own: [...(natV4?.own ?? []), "-A ISTIO_OUTPUT -j RETURN"] }),
+      },
+    },
+    {
+      id: "FW008",
+      name: "kube-proxy in nft mode, and no guard",
+      evidence: { ...HEALTHY, nftNow: noGuard, baseChains: [KUBE_NFT] },
+    },
+    {
+      id: "FW008",
+      name: "somebody took the guard's priority",
+      evidence: { ...HEALTHY, baseChains: [{ ...KUBE_NFT, priority: -120 }] },
+    },
+    {
+      id: "FW009",
+      name: "a nat chain ahead of the guard",
+      evidence: { ...HEALTHY, baseChains: [{ ...KUBE_NFT, priority: -150 }] },
+    },
+    {
+      id: "FW013",
+      name: "nat rules in both backends",
+      evidence: {
+        ...HEALTHY,
+        backends: { nft: { ...BACKEND, natRules: 3 }, legacy: { ...BACKEND, rules: 2, natRules: 2 } },
+      },
+    },
+    {
+      id: "FW014",
+      name: "a detector left empty legacy tables",
+      evidence: { ...HEALTHY, legacyTables: ["nat"] },
+    },
+    {
+      id: "FW017",
+      name: "node-local-dns untracks first, and there is no guard",
+      evidence: {
+        ...HEALTHY,
+        nftNow: noGuard,
+        tables: HEALTHY.tables.map((seen) =>
+          seen.table === "raw"
+            ? {
+                ...seen,
+                untracking: ["-A OUTPUT -d 169.254.20.10/32 -p udp -m udp --dport 53 -j CT --notrack"],
+              }
+            : seen,
+        ),
+      },
+    },
+    {
+      id: "FW019",
+      name: "the operator drops 9000, capture lets it in",
+      evidence: { ...HEALTHY, input: inputRules("ACCEPT", ["-A INPUT -p tcp -m tcp --dport 9000 -j DROP"]) },
+    },
+    {
+      id: "FW021",
+      name: "no fence, and INPUT lets everything in",
+      evidence: { ...HEALTHY, nftNow: { "ip vmmesh": "guard", "ip6 vmmesh": "guard6" } },
+    },
+    {
+      id: "FW025",
+      name: "Envoy is down",
+      evidence: { ...HEALTHY, listeners: LISTENERS.filter(({ port }) => port !== 15_001) },
+    },
+    { id: "FW025", name: "the agent serves names over TCP only", evidence: { ...HEALTHY, udpListeners: [] } },
+    {
+      id: "FW026",
+      name: "Envoy runs as root",
+      evidence: { ...HEALTHY, processes: [{ pid: 20, uid: 0, name: "envoy" }] },
+    },
+    {
+      id: "FW026",
+      name: "a shell tool runs as Envoy's user",
+      evidence: { ...HEALTHY, processes: [...HEALTHY.processes, { pid: 50, uid: 989, name: "curl" }] },
+    },
+    {
+      id: "FW028",
+      name: "IPv6 leaves the machine uncaptured",
+      evidence: {
+        ...HEALTHY,
+        confirmed: { plan: planCapture({ ...WISH, ipv6: false }, MACHINE), printed: [], nft: NFT },
+        tables: [],
+      },
+    },
+    {
+      id: "FW029",
+      name: "sshd moved to a port that is captured",
+      evidence: { ...HEALTHY, sshPorts: [9000] },
+    },
+    {
+      id: "FW031",
+      name: "netfilter-persistent saved our rules",
+      evidence: {
+        ...HEALTHY,
+        persisted: [{ file: "/etc/iptables/rules.v4", line: 7, text: "-A OUTPUT -j ISTIO_OUTPUT" }],
+      },
+    },
+    {
+      id: "FW040",
+      name: "xt_owner is not there",
+      evidence: { ...HEALTHY, refusal: "Couldn't load match `owner'" },
+    },
+    { id: "FW041", name: "not root", evidence: { ...HEALTHY, noPrivilege: "no CAP_NET_ADMIN" } },
+    {
+      id: "FW042",
+      name: "the fence was deleted",
+      evidence: { ...HEALTHY, nftNow: { ...NFT, "inet vmmesh-fence": undefined } },
+    },
+    {
+      id: "FW042",
+      name: "the guard was edited",
+      evidence: { ...HEALTHY, nftNow: { ...NFT, "ip vmmesh": "other" } },
+    },
+    {
+      id: "FW044",
+      name: "a trace rule was forgotten",
+      evidence: { ...HEALTHY, traces: ["-A OUTPUT -p tcp -j TRACE"] },
+    },
+    { id: "FW045", name: "a trial was not taken back", evidence: { ...HEALTHY, overdueTrial: true } },
+  ];
+  test.for(rows)("$id: $name", ({ id, evidence }) => {
+    const found = judge(evidence).find((it) => it.id === id);
+    expect(found?.evidence.length).toBeGreaterThan(0);
+    expect(found?.remedy).toMatch(/\.$/);
+  });
+});
+
+describe("a healthy machine has no finding", () => {
+  test.for([
+    { name: "joined", evidence: HEALTHY },
+    { name: "not joined", evidence: UNJOINED },
+    { name: "kube-proxy in nft mode behind the guard", evidence: { ...HEALTHY, baseChains: [KUBE_NFT] } },
+    {
+      name: "firewalld's nat hooks come after us",
+      evidence: {
+        ...HEALTHY,
+        baseChains: [
+          { table: "inet firewalld", chain: "nat_OUTPUT", type: "nat", hook: "output", priority: -90 },
+        ],
+      },
+    },
+    {
+      name: "iptables-nft's own base chains are not foreign",
+      evidence: {
+        ...HEALTHY,
+        baseChains: [{ table: "ip nat", chain: "OUTPUT", type: "nat", hook: "output", priority: -100 }],
+      },
+    },
+    {
+      name: "a firewall that opens what is declared",
+      evidence: {
+        ...HEALTHY,
+        input: inputRules("DROP", ["-A INPUT -p tcp -m multiport --dports 22,9000,15006 -j ACCEPT"]),
+      },
+    },
+    {
+      name: "legacy in use by others",
+      evidence: {
+        ...HEALTHY,
+        legacyTables: ["filter"],
+        backends: { nft: BACKEND, legacy: { ...BACKEND, rules: 5 } },
+      },
+    },
+  ])("$name", ({ evidence }) => {
+    expect(judge(evidence)).toEqual([]);
+  });
+});
+
+describe("exit code", () => {
+  const of = (severity: "critical" | "high" | "medium" | "low" | "info") => ({
+    id: "FW000",
+    severity,
+    title: "",
+    evidence: [],
+    remedy: "",
+    command: "",
+  });
+  test.for([
+    { name: "nothing", severities: [], want: 0 },
+    { name: "low and info", severities: ["low", "info"], want: 0 },
+    { name: "medium", severities: ["info", "medium"], want: 1 },
+    { name: "high", severities: ["high"], want: 1 },
+    { name: "critical beside others", severities: ["low", "critical", "high"], want: 2 },
+  ] as const)("$name: $want", ({ severities, want }) => {
+    expect(auditExitCode(severities.map(of))).toBe(want);
+  });
+});
+
+describe("inputVerdict", () => {
+  test.for([
+    { name: "an empty firewall", policy: "ACCEPT", rules: [], want: "accepted" },
+    { name: "default deny", policy: "DROP", rules: [], want: "denied" },
+    {
+      name: "established only",
+      policy: "DROP",
+      rules: ["-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"],
+      want: "denied",
+    },
+    { name: "loopback only", policy: "DROP", rules: ["-A INPUT -i lo -j ACCEPT"], want: "denied" },
+    {
+      name: "not from loopback",
+      policy: "ACCEPT",
+      rules: ["-A INPUT ! -i lo -p tcp -m tcp --dport 9000 -j REJECT --reject-with tcp-reset"],
+      want: "denied",
+    },
+    {
+      name: "a range",
+      policy: "DROP",
+      rules: ["-A INPUT -p tcp -m tcp --dport 8000:9999 -j ACCEPT"],
+      want: "accepted",
+    },
+    {
+      name: "a chain that returns",
+      policy: "DROP",
+      rules: ["-A INPUT -j X", "-A X -p udp -j ACCEPT", "-A INPUT -p tcp -j ACCEPT"],
+      want: "accepted",
+    },
+    {
+      name: "a source network: it depends",
+      policy: "DROP",
+      rules: ["-A INPUT -s 10.0.0.0/8 -p tcp -j ACCEPT"],
+      want: "unknown",
+    },
+  ])("$name: $want", ({ policy, rules, want }) => {
+    expect(inputVerdict(inputRules(policy, rules), 9000, false)).toBe(want);
+  });
+});
+
+test("a rule that is printed is a rule that is read", () => {
+  for (const { own } of HEALTHY.tables) for (const line of own) expect(parseRule(line)?.line).toBe(line);
+});
