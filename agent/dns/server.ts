@@ -111,6 +111,16 @@ class Desk {
 
   /** Calls `reply` at most once. Never rejects: one bad packet must harm nobody else. */
   async take(bytes: Uint8Array, protocol: Protocol, reply: (message: Uint8Array) => void): Promise<void> {
+    try {
+      await this.#serve(bytes, protocol, reply);
+    } catch {
+      // A fault of ours on this one query; readQuery has ignored what is too short for an error reply.
+      this.#deps.onQuery?.({ protocol, outcome: "failed", durationMs: 0 });
+      reply(writeError(bytes, RCODE.SERVFAIL));
+    }
+  }
+
+  async #serve(bytes: Uint8Array, protocol: Protocol, reply: (message: Uint8Array) => void): Promise<void> {
     const { clock } = this.#deps.host;
     const startedMs = clock.monotonicMs();
     const done = (outcome: QueryEvent["outcome"], message: Uint8Array): void => {

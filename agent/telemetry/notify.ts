@@ -12,7 +12,7 @@ export interface Notice {
  * Tells systemd how we are, through `systemd-notify`: Node can send no datagram to a unix socket. The unit needs
  * `NotifyAccess=all`, because a child does the sending. Without NOTIFY_SOCKET in `env` nothing is started at all.
  *
- * Each call is one fork, about 4 ms of processor time: meant for changes of state and a slow watchdog, not for progress.
+ * Each call is one fork, about 8 ms of processor time in both processes together: meant for changes of state and a slow watchdog, not for progress.
  */
 export class Notifier {
   readonly #host: Pick<Host, "run" | "clock">;

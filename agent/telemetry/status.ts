@@ -47,7 +47,12 @@ export interface StatusSnapshot {
       readonly lastError?: string;
     }[];
   };
-  readonly registration: { readonly group?: string; readonly address?: string };
+  readonly registration: {
+    readonly group?: string;
+    readonly address?: string;
+    /** The address stands among the mesh's endpoints, as far as this machine was told. */
+    readonly listed: boolean;
+  };
   readonly health:
     | {
         readonly state: "healthy" | "unhealthy" | "unknown";
