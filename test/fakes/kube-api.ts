@@ -97,7 +97,7 @@ export class FakeKube implements AsyncDisposable {
       };
     const local = subresource === undefined ? kind : `${kind}/${subresource}`;
     const seen: Seen = {
-      user,
+      user: request.headers["impersonate-user"]?.toString() ?? user,
       verb:
         request.method === "GET"
           ? name === undefined
