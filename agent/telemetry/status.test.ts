@@ -28,7 +28,7 @@ const well: StatusSnapshot = {
     names: 57,
     upstreams: [{ address: "127.0.0.53", healthy: true }],
   },
-  registration: { group: "shop/billing", address: "10.1.2.3" },
+  registration: { group: "shop/billing", address: "10.1.2.3", listed: true },
   health: { state: "healthy", since: "2026-11-23T11:59:00Z" },
   conditions: [],
 };
@@ -66,7 +66,7 @@ const ill: StatusSnapshot = {
       { address: "10.0.0.3", healthy: true },
     ],
   },
-  registration: {},
+  registration: { listed: false },
   health: { state: "unhealthy", message: "connect ECONNREFUSED", since: "2026-11-23T11:00:00Z" },
   conditions: [
     condition("dns-upstream-silent", "warning"),

@@ -159,7 +159,7 @@ export function renderStatus(
     "registration",
     registration.group === undefined
       ? "none: this machine registers no workload"
-      : `${registration.group}${registration.address === undefined ? "" : ` as ${registration.address}`}`,
+      : `${registration.group}${registration.address === undefined ? "" : ` as ${registration.address}`}${registration.listed ? ", listed" : ""}`,
   );
   row(
     "health",
