@@ -11,6 +11,7 @@ const MACHINE: MachineFacts = {
   backendWhy: "",
   programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
   nft: true,
+  ipv6: true,
   dnsTimeouts: true,
   sshPorts: [22],
 };

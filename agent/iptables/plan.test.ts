@@ -9,6 +9,7 @@ const MODERN: MachineFacts = {
   backendWhy: "",
   programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
   nft: true,
+  ipv6: true,
   dnsTimeouts: true,
   sshPorts: [22],
 };
@@ -17,6 +18,7 @@ const OLD: MachineFacts = {
   backendWhy: "",
   programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
   nft: false,
+  ipv6: true,
   dnsTimeouts: false,
   sshPorts: [22, 2222],
 };

@@ -57,6 +57,8 @@ export interface MachineFacts {
   readonly programs: Readonly<Record<Family, string | undefined>>;
   /** `nft` and nf_tables work: guard and fence are possible. */
   readonly nft: boolean;
+  /** The kernel has IPv6 at all (ipv6.disable=1 takes it away). */
+  readonly ipv6: boolean;
   /** nft can set conntrack timeouts (CONFIG_NF_CONNTRACK_TIMEOUT). */
   readonly dnsTimeouts: boolean;
   readonly sshPorts: readonly number[];
@@ -111,12 +113,12 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
     );
   }
   if (machine.backend === undefined) notes.push("there is no iptables: the guard table captures alone");
-  if (wish.ipv6 && machine.programs[6] === undefined && !machine.nft) {
+  if (wish.ipv6 && machine.ipv6 && machine.programs[6] === undefined && !machine.nft) {
     notes.push("ip6tables is missing: IPv6 traffic is not captured");
   }
   const sshPorts = unique([...wish.sshPorts, ...machine.sshPorts]);
-  const settled: CaptureWish = { ...wish, sshPorts };
-  const families: Family[] = wish.ipv6 ? [4, 6] : [4];
+  const settled: CaptureWish = { ...wish, sshPorts, ipv6: wish.ipv6 && machine.ipv6 };
+  const families: Family[] = settled.ipv6 ? [4, 6] : [4];
   const inboundPorts =
     wish.inbound.kind === "all"
       ? ("all" as const)
@@ -443,6 +445,18 @@ function inboundRules(wish: CaptureWish): Rule[] {
 }
 
 /**
+ * By address, not by user: a socket that systemd made and handed over belongs to root for the kernel. Nobody else can send
+ * from this address and port while it is bound.
+ */
+function agentAnswers(family: Family): Match[] {
+  return [
+    { is: "from", cidr: hostCidr(REDIRECTED_TO[family], family) },
+    UDP,
+    { is: "fromPorts", ports: [PORTS.dns] },
+  ];
+}
+
+/**
  * Table raw: conntrack zones for questions over UDP. A question that is not redirected (agent, Envoy, or the lease has
  * lapsed) shares the zone of the answers from outside, so that a stateful firewall still sees them as one flow.
  */
@@ -466,12 +480,7 @@ function zoneRules(wish: CaptureWish, family: Family): Rule[] {
         "questions of agent and Envoy to the real resolver",
       ),
     ),
-    rule(
-      CHAIN.dns,
-      [UDP, { is: "fromPorts", ports: [PORTS.dns] }, owner(wish.agentUid)],
-      REDIRECTED_ZONE,
-      "the agent's answers",
-    ),
+    rule(CHAIN.dns, agentAnswers(family), REDIRECTED_ZONE, "the agent's answers"),
     ...servers.flatMap((server) => [
       rule(
         CHAIN.dns,
@@ -541,11 +550,7 @@ function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boolean): Ru
     ),
   ];
   const dns = [
-    rule(
-      [UDP, { is: "fromPorts", ports: [PORTS.dns] }, owner(wish.agentUid)],
-      { do: "refresh", lease: "dns" },
-      "the agent answered a question",
-    ),
+    rule(agentAnswers(family), { do: "refresh", lease: "dns" }, "the agent answered a question"),
     ...(dnsTimeouts
       ? servers.map(
           (server): Rule => ({

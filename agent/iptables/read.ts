@@ -144,6 +144,7 @@ export async function readMachine(host: Reads): Promise<MachineFacts> {
     backendWhy: why,
     programs: { 4: ip4, 6: ip6Works ? ip6 : undefined },
     nft: probe?.code === 0,
+    ipv6: ((await host.files.readText("/proc/net/if_inet6")) ?? "") !== "",
     dnsTimeouts: timeouts?.code === 0,
     sshPorts,
   };

@@ -1,0 +1,174 @@
+import { describe, expect, test } from "vitest";
+import { MemoryFiles } from "../../test/fakes/files.ts";
+import type { Command, CommandResult } from "../platform/host.ts";
+import { applyPlan, covers, loadConfirmed, tableDrift } from "./apply.ts";
+import { type CaptureWish, type MachineFacts, planCapture } from "./plan.ts";
+import type { SeenTable } from "./read.ts";
+import { renderPlan } from "./render.ts";
+
+const MACHINE: MachineFacts = {
+  backend: "nft",
+  backendWhy: "",
+  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
+  nft: true,
+  ipv6: true,
+  dnsTimeouts: false,
+  sshPorts: [22],
+};
+const WISH: CaptureWish = {
+  agentUid: 990,
+  envoyUid: 989,
+  inbound: { kind: "ports", ports: [9000] },
+  sshPorts: [],
+  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
+  meshCidrs: ["10.96.0.0/12"],
+  dns: undefined,
+  ipv6: true,
+  istiod: [],
+  keep: [],
+};
+
+/** A kernel without any rules that takes whatever it is given, except what `refuse` names. */
+function machine(refuse: (argv: readonly string[]) => boolean = () => false) {
+  const ran: string[] = [];
+  const files = new MemoryFiles({
+    "/proc/sys/kernel/random/boot_id": "b\n",
+    "/proc/uptime": "100.00 1.00\n",
+  });
+  const host = {
+    files,
+    random: (bytes: number) => new Uint8Array(bytes),
+    clock: { monotonicMs: () => 0, now: () => new Date(0), sleep: async () => undefined },
+    async run({ argv }: Command): Promise<CommandResult> {
+      ran.push(argv.join(" "));
+      if (refuse(argv)) return { code: 4, stdout: "", stderr: "no" };
+      return { code: argv.includes("-S") || argv.includes("list") ? 1 : 0, stdout: "", stderr: "" };
+    },
+  };
+  return { host, ran, files };
+}
+
+const OPTIONS = { confirmWithinMs: 30_000, rulesDir: "/rules", unit: "systemd" } as const;
+const writes = (ran: readonly string[]): string[] => ran.filter((line) => !/ -S | list /.test(line));
+
+describe("applyPlan", () => {
+  test("tests both families, arms the timer, and only then writes", async () => {
+    const { host, ran } = machine();
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE), { comments: true }), OPTIONS);
+    expect(writes(ran)).toEqual([
+      "iptables-nft-restore --test --noflush",
+      "ip6tables-nft-restore --test --noflush",
+      "nft --check -f -",
+      "systemctl stop vmmesh-rollback.timer",
+      "systemd-run --unit=vmmesh-rollback --on-active=30s --timer-property=AccuracySec=100ms --collect /bin/sh /rules/gen-00000000/undo.sh trial",
+      "ip -6 addr add ::6/128 dev lo",
+      "iptables-nft-restore --noflush",
+      "ip6tables-nft-restore --noflush",
+      "nft -f -",
+    ]);
+  });
+
+  test.for([
+    {
+      name: "a text that the kernel would not take: nothing is written",
+      refuse: "ip6tables-nft-restore --test",
+      code: "RULES_REJECTED",
+      undone: false,
+    },
+    {
+      name: "no timer: nothing is applied",
+      refuse: "systemd-run",
+      code: "RULES_NOT_CONFIRMED",
+      undone: true,
+    },
+    {
+      name: "the second family fails: the first is taken out again",
+      refuse: "ip6tables-nft-restore --noflush",
+      code: "RULES_REJECTED",
+      undone: true,
+    },
+    {
+      name: "the guard fails: both families are taken out again",
+      refuse: "nft -f",
+      code: "RULES_REJECTED",
+      undone: true,
+    },
+  ])("$name", async ({ refuse, code, undone }) => {
+    const { host, ran } = machine((argv) => argv.join(" ").startsWith(refuse));
+    const rendered = renderPlan(planCapture(WISH, MACHINE), { comments: true });
+    await expect(applyPlan(host, rendered, OPTIONS)).rejects.toMatchObject({ code });
+    expect(ran.some((line) => line.startsWith("sh /rules/gen-00000000/undo.sh trial"))).toBe(undone);
+    if (!undone) expect(writes(ran).every((line) => line.includes("--test"))).toBe(true);
+  });
+});
+
+test("with nothing confirmed there is nothing to load, and nothing is run", async () => {
+  const { host, ran } = machine();
+  expect(await loadConfirmed(host, "/rules")).toEqual({
+    state: "nothing confirmed",
+    repaired: [],
+    droppedTrial: false,
+  });
+  expect(ran).toEqual([]);
+});
+
+test("a state written by a newer vmmesh is not guessed at", async () => {
+  const { host, files } = machine();
+  await files.makeDir("/rules/gen-1", { mode: 0o700 });
+  await files.swapLink("/rules/confirmed", "gen-1");
+  await files.writeAtomic("/rules/gen-1/plan.json", '{"version":2}', { mode: 0o600 });
+  await expect(loadConfirmed(host, "/rules")).rejects.toMatchObject({ code: "STATE_UNREADABLE" });
+});
+
+describe("tableDrift", () => {
+  const seen: SeenTable = {
+    family: 4,
+    table: "nat",
+    own: ["a", "b"],
+    jumps: [{ table: "nat", line: "j" }],
+    ahead: [],
+    benign: [],
+    untracking: [],
+    missing: [],
+  };
+  const wanted = [{ family: 4, table: "nat", own: ["a", "b"] }] as const;
+  test.for([
+    { name: "as it was applied", change: {}, want: undefined },
+    {
+      name: "a harmless rule ahead is left where it is",
+      change: { benign: ["-A OUTPUT -j cali-OUTPUT"] },
+      want: undefined,
+    },
+    {
+      name: "the jump is gone",
+      change: { missing: ["OUTPUT"] },
+      want: "nat (IPv4): the jump in OUTPUT was missing",
+    },
+    {
+      name: "somebody is ahead, and is named",
+      change: {
+        ahead: [{ hook: "OUTPUT", line: "-A OUTPUT -j KUBE-SERVICES", by: "kube-proxy", position: 1 }],
+      },
+      want: "nat (IPv4): `-A OUTPUT -j KUBE-SERVICES` stood ahead of us, put there by kube-proxy",
+    },
+    {
+      name: "the jump is there twice",
+      change: { jumps: [...seen.jumps, ...seen.jumps] },
+      want: "nat (IPv4): a jump was there twice",
+    },
+    { name: "a rule is gone", change: { own: ["a"] }, want: "nat (IPv4): our own chains were changed" },
+    {
+      name: "two rules changed places",
+      change: { own: ["b", "a"] },
+      want: "nat (IPv4): our own chains were changed",
+    },
+  ] as const)("$name", ({ change, want }) => {
+    expect(tableDrift({ ...seen, ...change }, wanted)).toBe(want);
+  });
+});
+
+test("a plan covers another if it writes all of its chains", () => {
+  const both = planCapture(WISH, MACHINE);
+  const one = planCapture({ ...WISH, ipv6: false }, MACHINE);
+  expect([covers(both, both), covers(both, one), covers(one, both)]).toEqual([true, true, false]);
+});
