@@ -93,6 +93,7 @@ describe("a join as steps", () => {
         "start vmmesh-envoy.service",
         "wait until Envoy answers on 15021 (at most 60 s)",
         "install the rules; they go out again by themselves unless connectivity is confirmed within 30 s",
+        "start vmmesh-fence.service and enable it at boot",
         "start vmmesh.target and enable it at boot",
       ]
     `);

@@ -90,6 +90,7 @@ export function planJoin(facts: JoinFacts): Step[] {
     { do: "start-unit", unit: UNITS.envoy, enable: false },
     { do: "await-ready", withinMs: facts.readyWithinMs },
     { do: "install-rules", confirmWithinMs: facts.confirmWithinMs },
+    { do: "start-unit", unit: UNITS.fence, enable: true },
     { do: "start-unit", unit: UNITS.target, enable: true },
   ];
 }

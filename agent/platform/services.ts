@@ -77,7 +77,7 @@ export function foregroundPaths(paths: Paths): {
   running: (unit: string) => string;
   folder: string;
 } {
-  const folder = `${paths.hostState}/foreground`;
+  const folder = `${paths.run}-foreground`;
   return {
     folder,
     wanted: (unit) => `${folder}/${unit}.wanted`,

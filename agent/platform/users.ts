@@ -11,9 +11,9 @@ export interface Owners {
 
 /**
  * Ids for machines without our package (the demo's namespaces): above Debian's dynamic system range, below `nobody`,
- * in nobody's allocation (Debian policy 9.2.2).
+ * in nobody's allocation (Debian policy 9.2.2). One group for both: a process started by uid has no further groups.
  */
-const WITHOUT_PACKAGE = { agent: { uid: 64_990, gid: 64_990 }, envoy: { uid: 64_991, gid: 64_991 } };
+const WITHOUT_PACKAGE = { agent: { uid: 64_990, gid: 64_990 }, envoy: { uid: 64_991, gid: 64_990 } };
 
 /**
  * Looks the two system users up by NSS, as every other program does.

@@ -168,11 +168,9 @@ export class DeltaCache {
       }));
   }
 
-  /** Does any cached resource of the type hold these bytes? (Is our address still among the mesh's endpoints?) */
-  holds(typeUrl: string, needle: string): boolean {
-    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) =>
-      Buffer.from(any).includes(needle),
-    );
+  /** Does any cached resource of the type hold these bytes? */
+  holds(typeUrl: string, needle: Uint8Array): boolean {
+    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) => Buffer.from(any.buffer, any.byteOffset, any.byteLength).includes(needle));
   }
 
   #type(typeUrl: string): TypeState {

@@ -113,7 +113,9 @@ export class AdsRelay {
 
   /** Is `address` among the endpoints that istiod has told this machine of? */
   knowsEndpoint(address: string): boolean {
-    return this.#cache.holds(TYPE_URL.endpoint, address);
+    // envoy.config.core.v3.SocketAddress.address is field 2, length-delimited: with both in front no longer address matches.
+    const needle = Buffer.concat([Buffer.from([0x12, address.length]), Buffer.from(address)]);
+    return this.#cache.holds(TYPE_URL.endpoint, needle);
   }
 
   status(): RelayStatus {

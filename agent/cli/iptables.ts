@@ -1,0 +1,102 @@
+import { SECOND_MS } from "../core/time.ts";
+import { captureWords, planFor, readCaptureState, writeCaptureState } from "../daemon/capture.ts";
+import { joinMachine } from "../daemon/joinMachine.ts";
+import { readWorkload } from "../daemon/workloadFiles.ts";
+import { loadConfirmed, removeCapture } from "../iptables/apply.ts";
+import { auditCapture, auditExitCode, type Finding } from "../iptables/audit.ts";
+import { describePlan } from "../iptables/plan.ts";
+import { renderPlan } from "../iptables/render.ts";
+import { readOwners } from "../platform/users.ts";
+import type { Options } from "./commands.ts";
+import {
+  flag,
+  number,
+  openContext,
+  openServices,
+  print,
+  requireRoot,
+  say,
+  takeLock,
+  untilInterrupted,
+  wantsJson,
+} from "./context.ts";
+
+export async function plan(options: Options): Promise<number> {
+  requireRoot("vmmesh iptables plan reads the firewall, which only root may; it changes nothing, but it too");
+  const { host, paths } = openContext(options);
+  const workload = await readWorkload(host, paths);
+  const planned = await planFor(host, workload, await readOwners(host, paths.root === "/"));
+  const rendered = renderPlan(planned, { comments: true });
+  if (wantsJson(options)) print({ plan: planned });
+  else if (flag(options, "rules"))
+    print(
+      [rendered.ipv4, rendered.ipv6, rendered.guard, rendered.fence]
+        .filter((part) => part !== undefined)
+        .join("\n"),
+    );
+  else print(describePlan(planned));
+  return 0;
+}
+
+export async function apply(options: Options): Promise<number> {
+  requireRoot("vmmesh iptables apply");
+  const context = openContext(options);
+  const { services, owners } = await openServices(context);
+  await using _lock = await takeLock(context);
+  const machine = joinMachine(context.host, context.paths, owners, services);
+  await machine.installRules(number(options, "confirm-within") * SECOND_MS, untilInterrupted());
+  print(wantsJson(options) ? { applied: true } : "applied and confirmed");
+  return 0;
+}
+
+export async function audit(options: Options): Promise<number> {
+  const { host, paths } = openContext(options);
+  const joined = (await host.files.stat(paths.clusterEnv)) !== undefined;
+  const findings = await auditCapture(host, joined ? paths.rules : undefined);
+  if (wantsJson(options)) print({ findings });
+  else if (findings.length === 0) print("nothing found: capture is complete and in order");
+  else print(findings.map(tell).join("\n\n"));
+  return auditExitCode(findings);
+}
+
+function tell(finding: Finding): string {
+  return [
+    `${finding.id} ${finding.severity}: ${finding.title}`,
+    ...finding.evidence.map((line) => `    ${line}`),
+    `  what to do: ${finding.remedy}`,
+    ...(finding.command === undefined || finding.command === "" ? [] : [`  command:    ${finding.command}`]),
+  ].join("\n");
+}
+
+export async function clean(options: Options): Promise<number> {
+  requireRoot("vmmesh iptables clean");
+  const context = openContext(options);
+  await using _lock = await takeLock(context);
+  const report = await removeCapture(context.host, context.paths.rules);
+  await writeCaptureState(context.host, context.paths, { inForce: false });
+  if (wantsJson(options)) print(report);
+  else {
+    for (const line of report.residue) say(`still there: ${line}`);
+    print(
+      `taken out: ${report.removed.length === 0 ? "nothing was in force" : report.removed.join(", ")}; other programs' rules ${report.foreignUnchanged ? "are unchanged" : "changed meanwhile"}`,
+    );
+  }
+  return report.residue.length === 0 ? 0 : 1;
+}
+
+/** What vmmesh-rules.service runs: takes no word from anybody, says what it mended and who is likely to have moved it. */
+export async function repair(options: Options): Promise<number> {
+  requireRoot("vmmesh iptables repair");
+  const { host, paths } = openContext(options);
+  const report = await loadConfirmed(host, paths.rules);
+  if (report.state === "nothing confirmed") return 0;
+  const { repairs } = await readCaptureState(host.files, paths);
+  const words = captureWords(await readWorkload(host, paths));
+  await writeCaptureState(host, paths, {
+    inForce: true,
+    repairs: repairs + report.repaired.length,
+    ...words,
+  });
+  for (const line of report.repaired) say(`repaired: ${line}`);
+  return 0;
+}

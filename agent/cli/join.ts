@@ -1,0 +1,246 @@
+import { VmmeshError } from "../core/errors.ts";
+import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
+import { SECOND_MS } from "../core/time.ts";
+import { execute } from "../daemon/execute.ts";
+import { joinMachine } from "../daemon/joinMachine.ts";
+import { type Journal, readJournal } from "../daemon/journal.ts";
+import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
+import { spiffeOf } from "../daemon/workloadFiles.ts";
+import { checkEnvoy } from "../envoy/version.ts";
+import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
+import { parseEnv, renderEnv, sieveMeshEnv } from "../mesh/env.ts";
+import { renderSidecarEnv } from "../mesh/sidecar.ts";
+import type { Bundle, Workload } from "../mesh/types.ts";
+import { workloadOf } from "../mesh/workload.ts";
+import type { Options } from "./commands.ts";
+import {
+  type Context,
+  flag,
+  list,
+  number,
+  openContext,
+  openServices,
+  ports,
+  print,
+  requireRoot,
+  say,
+  takeLock,
+  text,
+  untilInterrupted,
+  wantsJson,
+} from "./context.ts";
+
+/** `vmmesh join`: both ways end in one bundle, from there on they are the same. */
+export async function join(options: Options): Promise<number> {
+  const context = openContext(options);
+  const { host, paths } = context;
+  const rehearse = flag(options, "dry-run");
+  checkOptions(options);
+  if (!rehearse) requireRoot("vmmesh join");
+  const signal = untilInterrupted();
+
+  const { services, owners } = await openServices(context);
+  await using _lock = rehearse ? undefined : await takeLock(context);
+  const journal = await openJournal(context, options);
+  const envoy = await checkEnvoy(host, text(options, "envoy"));
+  const bundle = await bundleOf(context, options, rehearse);
+  if (bundle === undefined) {
+    say("dry run: the steps on this machine depend on the objects above; nothing was changed");
+    return 0;
+  }
+  const { files, workload } = render(context, options, bundle, envoy.path);
+  const spiffe = spiffeOf(workload);
+  const steps = planJoin({
+    paths,
+    files,
+    token: bundle.token,
+    spiffe,
+    envoyPath: envoy.path,
+    confirmWithinMs: number(options, "confirm-within") * SECOND_MS,
+    readyWithinMs: number(options, "ready-within") * SECOND_MS,
+  });
+  tellFacts(workload, `${envoy.path} (${envoy.version.text})`, bundle);
+  if (rehearse) {
+    print(
+      wantsJson(options)
+        ? { steps: steps.map(withoutContent) }
+        : steps.map((step) => `would ${describeStep(step)}`).join("\n"),
+    );
+    return 0;
+  }
+  await execute(
+    steps,
+    journal,
+    joinMachine(host, paths, owners, services),
+    (line) => say(`- ${line}`),
+    signal,
+  );
+  if (wantsJson(options))
+    print({ joined: true, spiffe, address: workload.addresses[0], group: workload.workloadGroup });
+  else print(`joined: this machine is ${spiffe}\nNow: vmmesh status`);
+  return 0;
+}
+
+function checkOptions(options: Options): void {
+  if (text(options, "bundle") !== undefined) {
+    const ofCluster = [
+      "kubeconfig",
+      "workload-group",
+      "service-account",
+      "service",
+      "revision",
+      "network",
+      "cluster-id",
+    ].filter((name) => text(options, name) !== undefined);
+    if (list(options, "port").length > 0) ofCluster.push("port");
+    if (ofCluster.length > 0) {
+      throw new VmmeshError(
+        "USAGE",
+        `--bundle and --${ofCluster[0]} exclude each other: the bundle says it already`,
+        {
+          next: "Leave one of them out.",
+        },
+      );
+    }
+  }
+  const ip = text(options, "ip");
+  if (ip !== undefined && (ipFamily(ip) === undefined || !isRoutable(ip))) {
+    throw new VmmeshError("USAGE", `--ip: ${ip} is not an address that peers can reach`, {
+      next: "Give an address of this machine: `ip address`.",
+    });
+  }
+  for (const name of ["exclude-outbound-cidr", "mesh-cidr"]) {
+    const bad = list(options, name).find((item) => parseCidr(item) === undefined);
+    if (bad !== undefined)
+      throw new VmmeshError("USAGE", `--${name}: \`${bad}\` is not a CIDR`, {
+        next: "Write it like 10.1.0.0/16.",
+      });
+  }
+  ports(options, "exclude-outbound-port");
+  ports(options, "exclude-inbound-port");
+  for (const name of ["confirm-within", "ready-within"]) {
+    if (number(options, name) < 5)
+      throw new VmmeshError("USAGE", `--${name}: at least 5 seconds are needed`, {
+        next: `Leave --${name} out for the default.`,
+      });
+  }
+}
+
+/** A fresh journal, or that of a join that was interrupted. */
+async function openJournal({ host, paths }: Context, options: Options): Promise<Journal> {
+  const found = await readJournal(host.files, paths);
+  if (found?.state === "joined") {
+    throw new VmmeshError(
+      "ALREADY_JOINED",
+      `this machine is joined already (${found.how}, ${found.startedAt})`,
+      {
+        next: "`vmmesh status` shows it; `vmmesh leave` first to join anew.",
+      },
+    );
+  }
+  if (found?.state === "leaving") {
+    throw new VmmeshError("ALREADY_JOINED", "a leave of this machine was interrupted", {
+      next: "Run `vmmesh leave` again, then join.",
+    });
+  }
+  if (found !== undefined) {
+    say("a join of this machine was interrupted: going on with it");
+    return found;
+  }
+  const how =
+    text(options, "bundle") === undefined
+      ? "with a kubeconfig"
+      : `with the bundle ${text(options, "bundle")}`;
+  return { version: 1, state: "joining", startedAt: host.clock.now().toISOString(), how, entries: [] };
+}
+
+async function bundleOf(context: Context, options: Options, rehearse: boolean): Promise<Bundle | undefined> {
+  const path = text(options, "bundle");
+  if (path !== undefined) {
+    say(`bundle: ${path}`);
+    return readBundle(context.host.files, path);
+  }
+  const { bundleFromCluster, tellOutcome } = await import("./meshBundle.ts");
+  const made = await bundleFromCluster(context, options, {
+    hostname: context.host.net.hostname(),
+    ip: text(options, "ip"),
+    rehearse,
+  });
+  tellOutcome(made);
+  return made.bundle;
+}
+
+/** The files of this machine, and the workload that they make together. */
+function render(
+  { host, paths }: Context,
+  options: Options,
+  bundle: Bundle,
+  envoyPath: string,
+): { files: { path: string; content: string }[]; workload: Workload } {
+  const { kept, refused } = sieveMeshEnv(bundle.clusterEnv);
+  for (const key of refused) say(`warning: cluster.env: ${key} is not a key of the mesh and is left out`);
+  const istiod = text(options, "istiod-address");
+  const addresses = istiod === undefined ? [...bundle.hosts.values()].flat() : [istiod];
+  const meshCidrs = list(options, "mesh-cidr").length > 0 ? list(options, "mesh-cidr") : bundle.meshCidrs;
+  const ip = text(options, "ip");
+  const clusterEnv = renderEnv(kept, {
+    order: "sorted",
+    header:
+      "What the mesh says of this workload, written by `vmmesh join`. Changes belong into sidecar.env, which wins.",
+  });
+  const sidecarEnv = renderSidecarEnv({
+    envoyPath,
+    istiodAddresses: addresses,
+    meshCidrs,
+    inboundExcludePorts: ports(options, "exclude-inbound-port"),
+    outboundExcludeCidrs: list(options, "exclude-outbound-cidr"),
+    outboundExcludePorts: ports(options, "exclude-outbound-port"),
+    ...(ip === undefined ? {} : { ip }),
+  });
+  const workload = workloadOf({
+    clusterEnv: kept,
+    sidecarEnv: parseEnv(sidecarEnv, paths.sidecarEnv),
+    proxyConfig: bundle.proxyConfig,
+    machine: { hostname: host.net.hostname(), addresses: host.net.addresses() },
+  });
+  return {
+    workload,
+    files: [
+      { path: paths.clusterEnv, content: clusterEnv },
+      { path: paths.sidecarEnv, content: sidecarEnv },
+      { path: paths.meshConfig, content: renderMeshConfig(bundle.proxyConfig) },
+      { path: paths.rootCert, content: bundle.rootCert },
+    ],
+  };
+}
+
+function tellFacts(workload: Workload, envoy: string, bundle: Bundle): void {
+  const rows: [string, string][] = [
+    ["identity", spiffeOf(workload)],
+    ["address", workload.addresses[0] ?? ""],
+    [
+      "control plane",
+      `${workload.discoveryAddress} at ${workload.istiodAddresses.join(", ") || "the address its name resolves to"}`,
+    ],
+    [
+      "inbound",
+      workload.inbound.kind === "all"
+        ? "all ports"
+        : workload.inbound.ports.join(", ") || "no port: the group declares none",
+    ],
+    [
+      "mesh networks",
+      workload.meshCidrs.join(", ") || "unknown: give --mesh-cidr to have the fence protect them",
+    ],
+    ["Envoy", envoy],
+    ["token", bundle.token === undefined ? "none in the bundle" : "from the bundle"],
+  ];
+  for (const [name, value] of rows) say(`  ${name.padEnd(14)}${value}`);
+}
+
+/** A step as JSON for people's programs: a token is no business of theirs. */
+function withoutContent(step: Step): object {
+  if (step.do !== "write-file") return step;
+  const { content, ...rest } = step;
+  return { ...rest, bytes: content.length };
+}

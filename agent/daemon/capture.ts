@@ -1,0 +1,90 @@
+import type { Paths } from "../core/paths.ts";
+import { parseResolvConf } from "../dns/upstream.ts";
+import { type CapturePlan, type CaptureWish, planCapture } from "../iptables/plan.ts";
+import { readMachine } from "../iptables/read.ts";
+import type { Workload } from "../mesh/types.ts";
+import type { Host } from "../platform/host.ts";
+import type { Owners } from "../platform/users.ts";
+import { istiodTarget } from "./workloadFiles.ts";
+
+const RESOLV_CONF = "/etc/resolv.conf";
+
+/** What is to be captured on this machine for this workload. */
+export async function captureWish(host: Host, workload: Workload, owners: Owners): Promise<CaptureWish> {
+  const target = await istiodTarget(host, workload, "");
+  const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
+  return {
+    agentUid: owners.agent.uid,
+    envoyUid: owners.envoy.uid,
+    inbound:
+      workload.inbound.kind === "all"
+        ? { kind: "all", excludePorts: workload.inboundExcludePorts }
+        : workload.inbound,
+    sshPorts: [],
+    outbound: {
+      cidrs: workload.outboundCidrs,
+      excludeCidrs: workload.outboundExcludeCidrs,
+      excludePorts: workload.outboundExcludePorts,
+    },
+    meshCidrs: workload.meshCidrs,
+    dns: workload.dnsCapture ? { servers } : undefined,
+    ipv6: host.net.addresses().some(({ family }) => family === 6),
+    istiod: target.addresses.map((address) =>
+      address.includes(":") ? `[${address}]:${target.port}` : `${address}:${target.port}`,
+    ),
+    keep: [],
+  };
+}
+
+export async function planFor(host: Host, workload: Workload, owners: Owners): Promise<CapturePlan> {
+  return planCapture(await captureWish(host, workload, owners), await readMachine(host));
+}
+
+/** What root last saw of the rules; the agent, which may not read them, shows it. */
+export interface CaptureState {
+  readonly inForce: boolean;
+  readonly repairs: number;
+  readonly inbound: string;
+  readonly outbound: string;
+}
+
+const NOTHING: CaptureState = { inForce: false, repairs: 0, inbound: "nothing", outbound: "nothing" };
+
+export async function readCaptureState(
+  files: Pick<Host["files"], "readText">,
+  paths: Paths,
+): Promise<CaptureState> {
+  const text = await files.readText(paths.captureState);
+  if (text === undefined) return NOTHING;
+  try {
+    return { ...NOTHING, ...(JSON.parse(text) as Partial<CaptureState>) };
+  } catch {
+    return NOTHING;
+  }
+}
+
+export async function writeCaptureState(
+  host: Pick<Host, "files">,
+  paths: Paths,
+  change: Partial<CaptureState>,
+): Promise<void> {
+  const state = { ...(await readCaptureState(host.files, paths)), ...change };
+  await host.files.writeAtomic(paths.captureState, `${JSON.stringify(state)}\n`, { mode: 0o644 });
+}
+
+/** The two lines of `vmmesh status` on capture. */
+export function captureWords(workload: Workload): { inbound: string; outbound: string } {
+  const list = (items: readonly (string | number)[]): string =>
+    items.length === 0 ? "nothing" : items.join(", ");
+  const { inbound } = workload;
+  return {
+    inbound:
+      inbound.kind === "all"
+        ? `all ports but ${list(workload.inboundExcludePorts)}`
+        : `ports ${list(inbound.ports)}`,
+    outbound:
+      workload.outboundCidrs[0] === "*"
+        ? `everything${workload.outboundExcludeCidrs.length > 0 ? ` but ${list(workload.outboundExcludeCidrs)}` : ""}`
+        : list(workload.outboundCidrs),
+  };
+}

@@ -1,0 +1,177 @@
+import { messageOf, VmmeshError } from "../core/errors.ts";
+import { type Paths, PORTS } from "../core/paths.ts";
+import { SECOND_MS } from "../core/time.ts";
+import { parseResolvConf } from "../dns/upstream.ts";
+import { enroll } from "../identity/enroll.ts";
+import { loadSvid, storeSvid } from "../identity/svid.ts";
+import { applyPlan, removeCapture } from "../iptables/apply.ts";
+import { readSshPorts } from "../iptables/read.ts";
+import { renderPlan } from "../iptables/render.ts";
+import type { Host } from "../platform/host.ts";
+import type { Services } from "../platform/services.ts";
+import type { Owners } from "../platform/users.ts";
+import { adminClient } from "../telemetry/admin.ts";
+import { captureWords, planFor, writeCaptureState } from "./capture.ts";
+import type { Machine } from "./execute.ts";
+import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
+
+const CHECK_TIMEOUT_MS = 3 * SECOND_MS;
+const POLL_MS = 200;
+
+/** The machine as the steps of a join see it: the feature rooms behind the four verbs that are not plain files and units. */
+export function joinMachine(host: Host, paths: Paths, owners: Owners, services: Services): Machine {
+  return {
+    host,
+    paths,
+    owners,
+    services,
+    async enroll(signal) {
+      const workload = await readWorkload(host, paths);
+      const spiffe = spiffeOf(workload);
+      const held = await loadSvid(host.files, paths.identity);
+      // An interrupted join came this far already; its certificate is as good as a new one.
+      if (held !== undefined && held.spiffe === spiffe && held.notAfter > host.clock.now()) return;
+      const ca = await istiodTarget(host, workload, (await host.files.readText(paths.rootCert)) ?? "");
+      const token = await host.files.readText(paths.token);
+      if (token === undefined) {
+        throw new VmmeshError(
+          "TOKEN_UNREADABLE",
+          "the bundle holds no token, and this machine has no certificate",
+          {
+            next: "Make the bundle anew: `vmmesh bundle create`.",
+          },
+        );
+      }
+      const svid = await enroll(host, { ca, spiffe, credential: { kind: "token", token } }, signal);
+      await storeSvid(host.files, paths.identity, svid, owners.agent);
+    },
+    async awaitReady(withinMs, signal) {
+      const admin = adminClient(host.net, paths.adminSocket, host.clock);
+      const deadline = host.clock.monotonicMs() + withinMs;
+      let waitsFor = "the agent";
+      let because: string | undefined;
+      while (host.clock.monotonicMs() < deadline) {
+        try {
+          const status = await admin.status();
+          if (status.waitingFor.length === 0) return;
+          waitsFor = status.waitingFor.join(", ");
+          because = status.controlPlane.lastRejection ?? status.conditions[0]?.message;
+        } catch (thrown) {
+          because = messageOf(thrown);
+        }
+        await host.clock.sleep(POLL_MS, signal);
+      }
+      throw new VmmeshError(
+        "NOT_READY",
+        `not ready after ${withinMs / SECOND_MS} s: still waiting for ${waitsFor}`,
+        {
+          ...(because === undefined ? {} : { cause: new Error(because) }),
+          next: "Read `journalctl -u vmmesh-agent -u vmmesh-envoy`; if the mesh is only slow, give --ready-within more seconds.",
+        },
+      );
+    },
+    async installRules(confirmWithinMs, signal) {
+      const workload = await readWorkload(host, paths);
+      const plan = await planFor(host, workload, owners);
+      const checks = await passing(await connectivityChecks(host, paths), signal);
+      const trial = await applyPlan(host, renderPlan(plan, { comments: true }), {
+        confirmWithinMs,
+        rulesDir: paths.rules,
+        unit: services.kind === "systemd" ? "systemd" : "detached",
+      });
+      const lost = await firstLost(host, checks, signal);
+      if (lost !== undefined) {
+        await trial.rollBack();
+        throw new VmmeshError(
+          "RULES_NOT_CONFIRMED",
+          `with the rules in force ${lost} no longer worked, so they were taken out again`,
+          {
+            next: "Leave the destination out with --exclude-outbound-cidr or --exclude-outbound-port; `vmmesh iptables plan` says what is captured.",
+          },
+        );
+      }
+      await trial.confirm();
+      await writeCaptureState(host, paths, { inForce: true, ...captureWords(workload) });
+    },
+    async removeRules() {
+      const report = await removeCapture(host, paths.rules);
+      await host.files.remove(paths.captureState);
+      if (report.residue.length > 0) {
+        throw new VmmeshError("RULES_REJECTED", `rules of ours are still there: ${report.residue[0]}`, {
+          next: "Run `vmmesh iptables audit`, then `vmmesh leave` again.",
+        });
+      }
+    },
+  };
+}
+
+/** Something that works now and must still work with the rules in force. */
+interface Check {
+  readonly name: string;
+  works(signal: AbortSignal): Promise<boolean>;
+}
+
+async function connectivityChecks(host: Host, paths: Paths): Promise<Check[]> {
+  const workload = await readWorkload(host, paths);
+  const target = await istiodTarget(host, workload, "");
+  const { servers } = parseResolvConf((await host.files.readText("/etc/resolv.conf")) ?? "");
+  const connects = (address: string, port: number) => async (): Promise<boolean> => {
+    try {
+      (await host.net.connectTcp(address, port, { timeoutMs: CHECK_TIMEOUT_MS })).destroy();
+      return true;
+    } catch {
+      return false;
+    }
+  };
+  return [
+    ...target.addresses.map((address) => ({
+      name: `the control plane (${address}:${target.port})`,
+      works: connects(address, target.port),
+    })),
+    { name: "readiness", works: connects("127.0.0.1", PORTS.readiness) },
+    ...servers.map((server) => ({
+      name: `DNS (${server})`,
+      works: (signal: AbortSignal) => answersDns(host, server, signal),
+    })),
+    ...(await readSshPorts(host)).map((port) => ({
+      name: `a new login (port ${port})`,
+      works: connects(workload.addresses[0] ?? "127.0.0.1", port),
+    })),
+  ];
+}
+
+/** A query for the root's name servers: every resolver has some reply to it, if only a refusal. */
+async function answersDns(host: Host, server: string, signal: AbortSignal): Promise<boolean> {
+  const query = Buffer.from([0x5e, 0x1f, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1]);
+  const socket = await host.net.bindUdp(server.includes(":") ? "::" : "0.0.0.0", 0);
+  try {
+    const answered = new Promise<true>((resolve) => socket.onMessage(() => resolve(true)));
+    socket.send(query, 53, server);
+    return await Promise.race([answered, host.clock.sleep(CHECK_TIMEOUT_MS, signal).then(() => false)]);
+  } finally {
+    socket.close();
+  }
+}
+
+/** What does not work beforehand is no proof of anything afterwards. */
+async function passing(checks: readonly Check[], signal: AbortSignal): Promise<Check[]> {
+  const results = await Promise.all(checks.map((check) => check.works(signal)));
+  return checks.filter((_, index) => results[index]);
+}
+
+/** Each check gets three tries: one lost packet is no lockout. */
+async function firstLost(
+  host: Host,
+  checks: readonly Check[],
+  signal: AbortSignal,
+): Promise<string | undefined> {
+  for (const check of checks) {
+    let works = false;
+    for (let attempt = 0; attempt < 3 && !works; attempt += 1) {
+      if (attempt > 0) await host.clock.sleep(POLL_MS, signal);
+      works = await check.works(signal);
+    }
+    if (!works) return check.name;
+  }
+  return undefined;
+}

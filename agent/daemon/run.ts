@@ -1,0 +1,474 @@
+import { messageOf, type VmmeshError } from "../core/errors.ts";
+import { type Paths, PORTS } from "../core/paths.ts";
+import { aborted, Latest } from "../core/signals.ts";
+import { supervise } from "../core/supervise.ts";
+import { SECOND_MS } from "../core/time.ts";
+import { VERSION } from "../core/version.ts";
+import { leaseBeat, serveDns } from "../dns/server.ts";
+import { buildTable, type DnsTable } from "../dns/table.ts";
+import { Upstreams } from "../dns/upstream.ts";
+import { EnvoyAdmin } from "../envoy/admin.ts";
+import { renderBootstrap } from "../envoy/bootstrap.ts";
+import { Conditions } from "../health/conditions.ts";
+import { Gates } from "../health/gates.ts";
+import { type Health, runProbe } from "../health/probes.ts";
+import { targetOf } from "../identity/enroll.ts";
+import { chooseCredential, type IdentityStatus, keepIdentity } from "../identity/keep.ts";
+import type { Svid } from "../identity/svid.ts";
+import { nodeOf } from "../mesh/node.ts";
+import type { Host } from "../platform/host.ts";
+import type { Owners } from "../platform/users.ts";
+import { serveSds } from "../sds/serve.ts";
+import { serveAdmin } from "../telemetry/admin.ts";
+import type { Logger } from "../telemetry/log.ts";
+import { createMetrics } from "../telemetry/metrics.ts";
+import { Notifier } from "../telemetry/notify.ts";
+import { parseAppTargets, serveScrape } from "../telemetry/scrape.ts";
+import type { StatusSnapshot } from "../telemetry/status.ts";
+import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
+import { captureWords, readCaptureState } from "./capture.ts";
+import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
+
+const RESOLV_CONF = "/etc/resolv.conf";
+/** How often Envoy is asked whether it is ready. */
+const ENVOY_LOOK_MS = SECOND_MS;
+
+export interface AgentDeps {
+  readonly host: Host;
+  readonly paths: Paths;
+  readonly owners: Owners;
+  readonly log: Logger;
+  readonly env: Readonly<Record<string, string | undefined>>;
+}
+
+/**
+ * The agent: wires the rooms, then runs their tasks until `signal` aborts. It holds no privilege and needs no control
+ * plane to start; what is missing is a condition, shown by `vmmesh status`.
+ *
+ * @throws {VmmeshError} NOT_JOINED, ENV_FILE_MALFORMED, CONFIG_MALFORMED; the error of a socket that cannot be bound
+ */
+export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<void> {
+  const { host, paths, owners, log } = deps;
+  const startedAt = host.clock.now();
+  const startedMs = host.clock.monotonicMs();
+  const workload = await readWorkload(host, paths);
+  const spiffe = spiffeOf(workload);
+  const ipv6 = host.net.addresses().some(({ family }) => family === 6);
+
+  const metrics = createMetrics(host, { version: VERSION });
+  const conditions = new Conditions(host.clock.now, (condition, raised) => {
+    metrics.conditions.set({ id: condition.id, severity: condition.severity }, raised ? 1 : 0);
+    const say = condition.severity === "error" ? log.error.bind(log) : log.warning.bind(log);
+    if (raised) say(condition.message, { condition: condition.id, next: condition.next });
+    else log.info(`over: ${condition.message}`, { condition: condition.id });
+  });
+  const gates = new Gates();
+  const svids = new Latest<Svid>();
+  const dnsTable = new Latest<DnsTable>();
+  const envoyAdmin = new EnvoyAdmin(host.net, paths.envoyAdminSocket);
+  const notifier = new Notifier(host, deps.env, (cause) =>
+    log.debug(`systemd does not listen: ${messageOf(cause)}`),
+  );
+
+  // ——— what Envoy starts with
+  const stats = (workload.proxyConfig["proxyStatsMatcher"] ?? {}) as Record<
+    string,
+    readonly string[] | undefined
+  >;
+  const bootstrap = renderBootstrap({
+    node: nodeOf(workload),
+    adminSocket: paths.envoyAdminSocket,
+    xdsSocket: paths.xdsSocket,
+    sdsSocket: paths.sdsSocket,
+    adminSocketMode: 0o660,
+    ipv6,
+    lease: true,
+    stats: {
+      prefixes: stats["inclusionPrefixes"] ?? [],
+      suffixes: stats["inclusionSuffixes"] ?? [],
+      regexps: stats["inclusionRegexps"] ?? [],
+    },
+  });
+  await host.files.writeAtomic(paths.bootstrap, `${JSON.stringify(bootstrap, null, 1)}\n`, { mode: 0o640 });
+
+  // ——— identity
+  let identity: IdentityStatus | undefined;
+  const roots = async (): Promise<string> =>
+    `${(await host.files.readText(paths.rootCert)) ?? ""}\n${svids.value?.roots ?? ""}`;
+  const ca = async () => istiodTarget(host, workload, await roots());
+
+  // ——— configuration
+  let lastRejection: string | undefined;
+  let lostAt: Date | undefined = startedAt;
+  const onEvent = (event: RelayEvent): void => {
+    switch (event.kind) {
+      case "connected":
+        metrics.xdsConnected.set(1);
+        lostAt = undefined;
+        conditions.clear("control-plane-unreachable");
+        log.info(`connected to istiod at ${event.address}`);
+        return;
+      case "disconnected":
+        metrics.xdsConnected.set(0);
+        metrics.xdsReconnects.inc();
+        metrics.istiodConnectionTerminations.inc({ type: "error" });
+        lostAt = host.clock.now();
+        log.info(`istiod at ${event.address} is gone: ${event.reason}`);
+        return;
+      case "unreachable":
+        metrics.istiodConnectionFailures.inc();
+        conditions.raise(
+          "control-plane-unreachable",
+          "warning",
+          `no control plane: ${event.error.message}; Envoy goes on with what it has`,
+          event.error.next ?? "vmmesh keeps trying.",
+        );
+        log.debug("next attempt", {
+          in_ms: Math.round(event.retryInMs),
+          cause: messageOf(event.error.cause),
+        });
+        return;
+      case "rejected":
+        metrics.xdsRejections.inc({ type: shortType(event.typeUrl) });
+        lastRejection = `${shortType(event.typeUrl)}: ${event.reason}`;
+        conditions.raise(
+          "configuration-rejected",
+          "error",
+          `Envoy refused a ${shortType(event.typeUrl)} of the control plane: ${event.reason}`,
+          "A stock Envoy lacks Istio's own extensions: see README.md, or run the Envoy of your Istio release with --envoy.",
+        );
+        return;
+      case "envoy-connected":
+        log.info("Envoy is connected", { streams: event.streams });
+        return;
+      case "envoy-gone":
+        metrics.envoyConnectionTerminations.inc({ type: "cancelled" });
+        log.info("Envoy is gone", { streams: event.streams });
+        return;
+    }
+  };
+  const relay = new AdsRelay({
+    host,
+    listen: (onConnection) =>
+      host.net.listenUnix(paths.xdsSocket, { mode: 0o660, owner: ownGroup() }, onConnection),
+    async upstreams() {
+      const target = await ca();
+      const token = (await host.files.readText(paths.token))?.trim();
+      const credential = chooseCredential(svids.value, token, target.rootCert, host.clock.now());
+      return target.addresses.map((address) => targetOf(target, address, credential));
+    },
+    ...(workload.dnsCapture
+      ? {
+          onNameTable: (table) => {
+            const built = buildTable(table, {
+              proxyDomain: "svc.cluster.local",
+              namespace: workload.namespace,
+            });
+            metrics.dnsNames.set(built.names.size);
+            dnsTable.set(built);
+          },
+        }
+      : {}),
+    onEvent,
+  });
+
+  // ——— names
+  const upstreams = new Upstreams({
+    host,
+    resolvConf: RESOLV_CONF,
+    own: ["127.0.0.1", "::1"].map((address) => ({ address, port: PORTS.dns })),
+    onAttempt: ({ server, ok, durationMs }) => {
+      metrics.dnsUpstreamHealthy.set({ server }, ok ? 1 : 0);
+      metrics.dnsUpstreamDuration.observe(durationMs / SECOND_MS);
+    },
+  });
+
+  // ——— health
+  let health: { readonly state: Health; readonly since: Date } | undefined;
+  let leaving = false;
+  const report = (state: Health): void => {
+    if (leaving) return;
+    health = { state, since: host.clock.now() };
+    relay.setHealth(state);
+    log.info(state.healthy ? "the application is healthy" : `the application is unhealthy: ${state.message}`);
+  };
+
+  // ——— readiness
+  let envoyWaits: string | undefined = "Envoy has not been asked yet";
+  const waitingFor = (): string[] => [
+    ...gates.waitingFor,
+    ...(svids.value === undefined ? ["the certificate"] : []),
+    ...(envoyWaits === undefined ? [] : [envoyWaits]),
+    ...(workload.dnsCapture && dnsTable.value === undefined ? ["the mesh's names"] : []),
+  ];
+  const ownGroup = () => ({ uid: owners.agent.uid, gid: owners.agent.gid });
+
+  const snapshot = async (): Promise<StatusSnapshot> => {
+    const { connectedTo, since, types } = relay.status();
+    const capture = await readCaptureState(host.files, paths);
+    const when = (date: Date | undefined) => date?.toISOString();
+    const connectedSince = when(connectedTo === undefined ? lostAt : since);
+    const nextRenewal = when(identity?.nextRenewal);
+    return {
+      version: VERSION,
+      startedAt: startedAt.toISOString(),
+      waitingFor: waitingFor(),
+      identity:
+        svids.value === undefined
+          ? undefined
+          : {
+              spiffe: svids.value.spiffe,
+              notAfter: svids.value.notAfter.toISOString(),
+              nextCredential: identity?.nextCredential ?? "certificate",
+              ...(nextRenewal === undefined ? {} : { nextRenewal }),
+              ...(identity?.lastError === undefined ? {} : { lastError: identity.lastError }),
+            },
+      controlPlane: {
+        name: workload.discoveryAddress,
+        resources: Object.fromEntries(types.map(({ typeUrl, resources }) => [shortType(typeUrl), resources])),
+        ...(connectedTo === undefined ? {} : { address: connectedTo }),
+        ...(connectedSince === undefined ? {} : { since: connectedSince }),
+        ...(lastRejection === undefined ? {} : { lastRejection }),
+      },
+      envoy: { state: envoyWaits ?? "ready" },
+      capture: { ...captureWords(workload), inForce: capture.inForce, repairs: capture.repairs },
+      dns: {
+        captured: workload.dnsCapture && capture.inForce,
+        names: dnsTable.value?.names.size ?? 0,
+        upstreams: upstreams.health(),
+      },
+      registration: {
+        ...(workload.workloadGroup === undefined
+          ? {}
+          : { group: `${workload.namespace}/${workload.workloadGroup}` }),
+        ...(workload.addresses[0] === undefined ? {} : { address: workload.addresses[0] }),
+        listed: relay.knowsEndpoint(workload.addresses[0] ?? ""),
+      },
+      health:
+        workload.probe === undefined
+          ? undefined
+          : health === undefined
+            ? { state: "unknown" }
+            : {
+                state: health.state.healthy ? "healthy" : "unhealthy",
+                since: health.since.toISOString(),
+                ...(health.state.healthy ? {} : { message: health.state.message }),
+              },
+      conditions: conditions
+        .list()
+        .map((condition) => ({ ...condition, since: condition.since.toISOString() })),
+    };
+  };
+
+  const { probe } = workload;
+  const gate = Object.fromEntries(
+    ["sds", "xds", "dns", "scrape", "admin"].map((name) => [name, gates.block(name)]),
+  );
+  const release = (name: string) => () => gate[name]?.release();
+
+  const tasks = supervise(
+    [
+      {
+        name: "identity",
+        onFailure: "restart",
+        run: (scope) =>
+          keepIdentity(
+            {
+              host,
+              ca,
+              spiffe,
+              folder: paths.identity,
+              tokenFile: paths.token,
+              conditions,
+              onRenewed: (svid) => {
+                metrics.certRenewals.inc({ result: "success" });
+                log.info("new certificate", { serial: svid.serial, not_after: svid.notAfter.toISOString() });
+              },
+              onStatus: (status) => {
+                identity = status;
+                if (status.lastError !== undefined) metrics.certRenewals.inc({ result: "failure" });
+              },
+            },
+            svids,
+            scope,
+          ),
+      },
+      {
+        name: "sds",
+        onFailure: "stop-all",
+        run: (scope) =>
+          serveSds(
+            {
+              listen: (onConnection) =>
+                host.net.listenUnix(paths.sdsSocket, { mode: 0o660, owner: ownGroup() }, onConnection),
+              onListening: release("sds"),
+              onRejected: (name, reason) => log.error(`Envoy refused the secret ${name}: ${reason}`),
+            },
+            svids,
+            scope,
+          ),
+      },
+      { name: "xds", onFailure: "stop-all", run: (scope) => relay.run(scope, release("xds")) },
+      {
+        name: "dns",
+        onFailure: "restart",
+        run: (scope) =>
+          serveDns(
+            {
+              host,
+              port: PORTS.dns,
+              table: dnsTable,
+              upstreams,
+              onListening: release("dns"),
+              onQuery: ({ outcome }) => {
+                metrics.dnsRequests.inc();
+                if (outcome === "forwarded" || outcome === "failed") metrics.dnsUpstreamRequests.inc();
+                if (outcome === "failed") metrics.dnsUpstreamFailures.inc();
+              },
+            },
+            scope,
+          ),
+      },
+      {
+        name: "dns-lease",
+        onFailure: "restart",
+        run: (scope) =>
+          leaseBeat(
+            { host, port: PORTS.dns, onBeat: (answered) => void (answered || metrics.dnsLeaseMisses.inc()) },
+            scope,
+          ),
+      },
+      {
+        name: "envoy-watch",
+        onFailure: "restart",
+        run: async (scope) => {
+          while (!scope.aborted) {
+            const readiness = await envoyAdmin.readiness(scope);
+            const was = envoyWaits;
+            envoyWaits = readiness.ready ? undefined : readiness.reason;
+            if (readiness.ready && was !== undefined) {
+              log.info("Envoy is ready");
+              metrics.startupDuration.set((host.clock.monotonicMs() - startedMs) / SECOND_MS);
+              conditions.clear("configuration-rejected");
+              // Envoy came (back): whatever happened to the rules meanwhile is put right by the one who may.
+              await host.files.touch(paths.repairRequest);
+            }
+            await host.clock.sleep(ENVOY_LOOK_MS, scope).catch(() => undefined);
+          }
+        },
+      },
+      ...(probe === undefined
+        ? []
+        : [
+            {
+              name: "health",
+              onFailure: "restart" as const,
+              run: (scope: AbortSignal) =>
+                runProbe(
+                  { host, envoyReady: async () => envoyWaits, conditions },
+                  probe,
+                  workload.probeHost,
+                  report,
+                  scope,
+                ),
+            },
+          ]),
+      {
+        name: "scrape",
+        onFailure: "restart",
+        run: (scope) =>
+          serveScrape(
+            {
+              host,
+              port: PORTS.status,
+              agentMetrics: async () => {
+                if (svids.value !== undefined) {
+                  const left = (svids.value.notAfter.getTime() - host.clock.now().getTime()) / SECOND_MS;
+                  metrics.certExpirySeconds.set({ resource_name: "default" }, left);
+                }
+                for (const { typeUrl, resources } of relay.status().types)
+                  metrics.xdsResources.set({ type: shortType(typeUrl) }, resources);
+                metrics.captureInForce.set((await readCaptureState(host.files, paths)).inForce ? 1 : 0);
+                return metrics.render();
+              },
+              envoyAdminSocket: paths.envoyAdminSocket,
+              app: parseAppTargets(
+                workload.meta["PROMETHEUS_ANNOTATIONS"] ?? deps.env["ISTIO_PROMETHEUS_ANNOTATIONS"],
+              ),
+              waitingFor,
+              onScrape: () => metrics.scrapes.inc(),
+              onFailure: (part) => metrics.scrapeFailures.inc({ type: part }),
+              onListening: release("scrape"),
+            },
+            scope,
+          ),
+      },
+      {
+        name: "admin",
+        onFailure: "restart",
+        run: (scope) =>
+          serveAdmin(
+            {
+              clock: host.clock,
+              listen: (onConnection) => host.net.listenUnix(paths.adminSocket, { mode: 0o600 }, onConnection),
+              onListening: release("admin"),
+              handlers: {
+                status: snapshot,
+                async unhealthy(reason) {
+                  leaving = true;
+                  // Without a probe the mesh takes no word on health: the entry goes when the stream ends.
+                  if (probe === undefined) relay.withdraw();
+                  else {
+                    health = { state: { healthy: false, message: reason }, since: host.clock.now() };
+                    relay.setHealth(health.state);
+                  }
+                  log.info(`leaving the endpoints: ${reason}`);
+                },
+                async drain() {
+                  await envoyAdmin.drainInbound();
+                },
+              },
+            },
+            scope,
+          ),
+      },
+      { name: "watchdog", onFailure: "restart", run: (scope) => keepAlive(notifier, scope) },
+    ],
+    {
+      sleep: (ms, scope) => host.clock.sleep(ms, scope),
+      random: () => host.random(4).reduce((sum, byte) => sum * 256 + byte, 0) / 2 ** 32,
+      onRestart: (task, cause, waitMs) => {
+        metrics.taskRestarts.inc({ task });
+        log
+          .child(task)
+          .error(`failed, starts again: ${messageOf(cause)}`, {
+            in_ms: Math.round(waitMs),
+            code: codeOf(cause),
+          });
+      },
+    },
+    signal,
+  );
+  const announce = gates.ready().then(async () => {
+    log.info("ready", { spiffe, version: VERSION });
+    await notifier.tell({ ready: true, status: `${spiffe}` });
+  });
+  await tasks;
+  await announce.catch(() => undefined);
+  await notifier.tell({ stopping: true });
+}
+
+/** Without a watchdog there is nothing to do, and a task that ends counts as failed. */
+async function keepAlive(notifier: Notifier, signal: AbortSignal): Promise<void> {
+  await notifier.keepAlive(() => true, signal);
+  await aborted(signal);
+}
+
+/** `type.googleapis.com/envoy.config.cluster.v3.Cluster` → `Cluster`. */
+function shortType(typeUrl: string): string {
+  return typeUrl.slice(typeUrl.lastIndexOf(".") + 1);
+}
+
+function codeOf(thrown: unknown): string | undefined {
+  return (thrown as Partial<VmmeshError>).code;
+}

@@ -1,0 +1,378 @@
+import fc from "fast-check";
+import { describe, expect, test } from "vitest";
+import { type DeltaRequest, type DeltaResponse, TYPE_URL } from "../proto/discovery.ts";
+import { writeAny } from "../proto/wire.ts";
+import { DeltaCache, type Effect } from "./cache.ts";
+
+const CDS = TYPE_URL.cluster;
+const EDS = TYPE_URL.endpoint;
+
+function request(typeUrl: string, more: Partial<DeltaRequest> = {}): DeltaRequest {
+  return { typeUrl, subscribe: [], unsubscribe: [], initialVersions: new Map(), responseNonce: "", ...more };
+}
+
+/** A cluster's own message has its name in field 1, as every test resource here. */
+function bytesOf(typeUrl: string, name: string, content: string): Uint8Array {
+  const named = Buffer.concat([
+    Buffer.from([0x0a, name.length]),
+    Buffer.from(name),
+    Buffer.from([0x7a, content.length]),
+    Buffer.from(content),
+  ]);
+  return writeAny(typeUrl, named);
+}
+
+function response(
+  typeUrl: string,
+  nonce: string,
+  resources: Readonly<Record<string, string>>,
+  removed: readonly string[] = [],
+): DeltaResponse {
+  return {
+    typeUrl,
+    nonce,
+    systemVersion: `v${nonce}`,
+    // istiod leaves the version of a resource empty.
+    resources: Object.entries(resources).map(([name, content]) => ({
+      name,
+      version: "",
+      any: bytesOf(typeUrl, name, content),
+    })),
+    removed,
+  };
+}
+
+const toEnvoy = (effects: readonly Effect[], stream = 1): DeltaResponse[] =>
+  effects.flatMap((it) => (it.to === "envoy" && it.stream === stream ? [it.response] : []));
+const toIstiod = (effects: readonly Effect[]): DeltaRequest[] =>
+  effects.flatMap((it) => (it.to === "upstream" ? [it.request] : []));
+const names = (responses: readonly DeltaResponse[]): string[] =>
+  responses.flatMap((it) => it.resources.map(({ name }) => name));
+
+function connected(): DeltaCache {
+  const cache = new DeltaCache();
+  cache.envoyOpened(1);
+  cache.upstreamOpened();
+  return cache;
+}
+
+describe("one Envoy", () => {
+  test("its wildcard goes up, the answer comes down with a nonce of ours, and its ACK goes up with istiod's", () => {
+    const cache = connected();
+    expect(toIstiod(cache.fromEnvoy(1, request(CDS)))).toEqual([request(CDS)]);
+    const [pushed] = toEnvoy(cache.fromUpstream(response(CDS, "up-1", { a: "1" })));
+    expect(pushed?.resources.map(({ name, any }) => [name, any])).toEqual([["a", bytesOf(CDS, "a", "1")]]);
+    expect(pushed?.nonce).not.toBe("up-1");
+    expect(toIstiod(cache.fromEnvoy(1, request(CDS, { responseNonce: pushed?.nonce ?? "" })))).toEqual([
+      request(CDS, { responseNonce: "up-1" }),
+    ]);
+  });
+
+  test("a NACK goes up in Envoy's words, and the refused bytes are not pushed again", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    const [pushed] = toEnvoy(cache.fromUpstream(response(CDS, "up-1", { a: "1" })));
+    const error = { code: 13, message: "no such filter" };
+    const effects = cache.fromEnvoy(1, request(CDS, { responseNonce: pushed?.nonce ?? "", error }));
+    expect(effects).toEqual([{ to: "upstream", request: request(CDS, { responseNonce: "up-1", error }) }]);
+    expect(cache.status()).toMatchObject([{ typeUrl: CDS, resources: 1, lastNack: "no such filter" }]);
+  });
+
+  test("equal bytes are acknowledged at once and not pushed", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromUpstream(response(CDS, "up-1", { a: "1" }));
+    expect(cache.fromUpstream(response(CDS, "up-2", { a: "1" }))).toEqual([
+      { to: "upstream", request: request(CDS, { responseNonce: "up-2" }) },
+    ]);
+  });
+
+  test("an empty first answer to a wildcard is passed on: Envoy's start waits for it", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(TYPE_URL.listener));
+    expect(toEnvoy(cache.fromUpstream(response(TYPE_URL.listener, "up-1", {})))).toHaveLength(1);
+  });
+
+  test("after an agent restart, an Envoy that says what it holds is sent only what differs", () => {
+    const before = connected();
+    before.fromEnvoy(1, request(CDS));
+    const [first] = toEnvoy(before.fromUpstream(response(CDS, "up-1", { a: "1", b: "1", c: "1" })));
+    const held = new Map(first?.resources.map(({ name, version }) => [name, version]));
+
+    const after = connected();
+    after.fromEnvoy(1, request(CDS, { initialVersions: held }));
+    const [again] = toEnvoy(after.fromUpstream(response(CDS, "up-1", { a: "1", b: "2" })));
+    expect(again?.resources.map(({ name }) => name)).toEqual(["b"]);
+    expect(again?.removed).toEqual(["c"]);
+  });
+
+  // Envoy's new version of a cluster waits for endpoints, but its mux holds the name already and does not ask again; with
+  // Istio's initial_fetch_timeout of 0 it waits for ever. istiod knows that and sends equal endpoints after each cluster.
+  test("a changed cluster is followed by its endpoints, even if their bytes did not change", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromUpstream(response(CDS, "c1", { a: "1", b: "1" }));
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a", "b"] }));
+    cache.fromUpstream(response(EDS, "e1", { a: "ep", b: "ep" }));
+    const effects = [
+      ...cache.fromUpstream(response(CDS, "c2", { a: "2", b: "1" })),
+      ...cache.fromUpstream(response(EDS, "e2", { a: "ep", b: "ep" })),
+    ];
+    expect(toEnvoy(effects).map((it) => [it.typeUrl, it.resources.map(({ name }) => name)])).toEqual([
+      [CDS, ["a"]],
+      [EDS, ["a"]],
+    ]);
+  });
+});
+
+describe("the stream to istiod breaks", () => {
+  test("the next one is told what is wanted and held, clusters first", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a"] }));
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromUpstream(response(CDS, "c1", { a: "1" }));
+    cache.upstreamClosed();
+    expect(toIstiod(cache.upstreamOpened())).toEqual([
+      request(CDS, { initialVersions: new Map([["a", ""]]) }),
+      request(EDS, { subscribe: ["a"] }),
+    ]);
+  });
+
+  test("a wildcard beside names stays a wildcard", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromEnvoy(1, request(CDS, { subscribe: ["extra"] }));
+    cache.upstreamClosed();
+    const [again] = toIstiod(cache.upstreamOpened());
+    expect(again?.subscribe.toSorted()).toEqual(["*", "extra"]);
+  });
+
+  test("an ACK for a push of the dead stream is not sent into the new one", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    const [pushed] = toEnvoy(cache.fromUpstream(response(CDS, "c1", { a: "1" })));
+    cache.upstreamClosed();
+    cache.upstreamOpened();
+    expect(cache.fromEnvoy(1, request(CDS, { responseNonce: pushed?.nonce ?? "" }))).toEqual([]);
+  });
+
+  test("an Envoy that comes meanwhile is served from what is held", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromUpstream(response(CDS, "c1", { a: "1" }));
+    cache.upstreamClosed();
+    cache.envoyClosed(1);
+    cache.envoyOpened(2);
+    expect(names(toEnvoy(cache.fromEnvoy(2, request(CDS)), 2))).toEqual(["a"]);
+  });
+});
+
+describe("a second Envoy", () => {
+  test("is answered from the cache, and istiod is asked only for what the first did not want", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a"] }));
+    cache.fromUpstream(response(EDS, "e1", { a: "1" }));
+    cache.envoyOpened(2);
+    const effects = cache.fromEnvoy(2, request(EDS, { subscribe: ["a", "b"] }));
+    expect(names(toEnvoy(effects, 2))).toEqual(["a"]);
+    expect(toIstiod(effects)).toEqual([request(EDS, { subscribe: ["b"] })]);
+  });
+
+  test("is told at once of a name that istiod has said not to exist", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["gone"] }));
+    expect(toEnvoy(cache.fromUpstream(response(EDS, "e1", {}, ["gone"])))[0]?.removed).toEqual(["gone"]);
+    cache.envoyOpened(2);
+    expect(toEnvoy(cache.fromEnvoy(2, request(EDS, { subscribe: ["gone"] })), 2)[0]?.removed).toEqual([
+      "gone",
+    ]);
+  });
+
+  test("gets an empty answer to a wildcard of which there is nothing", () => {
+    const cache = connected();
+    cache.fromEnvoy(1, request(TYPE_URL.listener));
+    cache.fromUpstream(response(TYPE_URL.listener, "l1", {}));
+    cache.envoyOpened(2);
+    expect(toEnvoy(cache.fromEnvoy(2, request(TYPE_URL.listener)), 2)).toHaveLength(1);
+  });
+
+  test("keeps a name alive that the first gives up; when both have, istiod is told", () => {
+    const cache = connected();
+    cache.envoyOpened(2);
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a"] }));
+    cache.fromEnvoy(2, request(EDS, { subscribe: ["a"] }));
+    expect(toIstiod(cache.fromEnvoy(1, request(EDS, { unsubscribe: ["a"] })))).toEqual([]);
+    expect(toIstiod(cache.fromEnvoy(2, request(EDS, { unsubscribe: ["a"] })))).toEqual([
+      request(EDS, { unsubscribe: ["a"] }),
+    ]);
+  });
+});
+
+/** What Envoy keeps of one type: it applies what comes and acknowledges it. */
+class ModelEnvoy {
+  readonly id: number;
+  readonly holds = new Map<string, { any: Uint8Array; version: string }>();
+  readonly names = new Set<string>();
+  readonly typeUrl: string;
+  #first = true;
+  constructor(id: number, typeUrl: string) {
+    this.id = id;
+    this.typeUrl = typeUrl;
+  }
+  ask(subscribe: readonly string[], unsubscribe: readonly string[]): DeltaRequest {
+    for (const name of subscribe) this.names.add(name);
+    for (const name of unsubscribe) {
+      this.names.delete(name);
+      this.holds.delete(name);
+    }
+    const initialVersions = new Map(
+      this.#first ? [...this.holds].map(([name, { version }]) => [name, version]) : [],
+    );
+    this.#first = false;
+    return request(this.typeUrl, { subscribe, unsubscribe, initialVersions });
+  }
+  apply(pushed: DeltaResponse): DeltaRequest {
+    for (const { name, any, version } of pushed.resources) {
+      expect(this.holds.get(name)?.any, `${name} is pushed although nothing changed`).not.toEqual(any);
+      this.holds.set(name, { any, version });
+    }
+    for (const name of pushed.removed) this.holds.delete(name);
+    return request(this.typeUrl, { responseNonce: pushed.nonce });
+  }
+}
+
+/** istiod with one type: answers subscriptions, pushes changes, and counts which of its nonces were answered. */
+class ModelIstiod {
+  readonly truth = new Map<string, string>();
+  #wants: { wildcard: boolean; names: Set<string> } | undefined;
+  #knows = new Set<string>();
+  #nonce = 0;
+  readonly unanswered = new Set<string>();
+  readonly typeUrl: string;
+  constructor(typeUrl: string) {
+    this.typeUrl = typeUrl;
+  }
+  hear(it: DeltaRequest): DeltaResponse[] {
+    if (it.responseNonce !== "") {
+      this.unanswered.delete(it.responseNonce);
+      return [];
+    }
+    const first = this.#wants === undefined;
+    this.#wants ??= { wildcard: it.subscribe.length === 0, names: new Set() };
+    if (first) this.#knows = new Set(it.initialVersions.keys());
+    for (const name of it.subscribe) {
+      if (name === "*") this.#wants.wildcard = true;
+      else this.#wants.names.add(name);
+    }
+    for (const name of it.unsubscribe) this.#wants.names.delete(name);
+    return first || it.subscribe.length > 0
+      ? [this.#answer(first && this.#wants.wildcard ? undefined : it.subscribe)]
+      : [];
+  }
+  change(name: string, content: string | undefined): DeltaResponse[] {
+    if (content === undefined) this.truth.delete(name);
+    else this.truth.set(name, content);
+    const wants = this.#wants;
+    if (wants === undefined || !(wants.wildcard || wants.names.has(name))) return [];
+    return [this.#answer([name])];
+  }
+  cut(): void {
+    this.#wants = undefined;
+    this.unanswered.clear();
+  }
+  #answer(which: readonly string[] | undefined): DeltaResponse {
+    const asked = which ?? [...new Set([...this.truth.keys(), ...this.#knows])];
+    const resources: Record<string, string> = {};
+    const removed: string[] = [];
+    for (const name of asked) {
+      const content = this.truth.get(name);
+      if (content === undefined) removed.push(name);
+      else resources[name] = content;
+    }
+    this.#nonce += 1;
+    this.unanswered.add(String(this.#nonce));
+    return response(this.typeUrl, String(this.#nonce), resources, removed);
+  }
+}
+
+const NAMES = ["a", "b", "c"] as const;
+const name = fc.constantFrom(...NAMES);
+const step = fc.oneof(
+  fc.record({
+    do: fc.constant("change" as const),
+    name,
+    content: fc.option(fc.constantFrom("1", "2"), { nil: undefined }),
+  }),
+  fc.record({ do: fc.constant("want" as const), envoy: fc.constantFrom(1, 2), name }),
+  fc.record({ do: fc.constant("drop" as const), envoy: fc.constantFrom(1, 2), name }),
+  fc.record({ do: fc.constant("envoy-reconnects" as const), envoy: fc.constantFrom(1, 2) }),
+  fc.record({ do: fc.constant("istiod-reconnects" as const) }),
+);
+
+describe.for([
+  ["clusters, all of them", CDS],
+  ["endpoints, by name", EDS],
+] as const)("%s: whatever happens", ([, typeUrl]) => {
+  test("each Envoy ends up with what it wants of what istiod has, nothing is pushed twice, every nonce is answered", () => {
+    fc.assert(
+      fc.property(fc.array(step, { maxLength: 25 }), (steps) => {
+        const cache = new DeltaCache();
+        const istiod = new ModelIstiod(typeUrl);
+        const envoys = new Map<number, ModelEnvoy>();
+        let stream = 0;
+        const carry = (effects: readonly Effect[]): void => {
+          for (const effect of effects) {
+            if (effect.to === "upstream")
+              for (const it of istiod.hear(effect.request)) carry(cache.fromUpstream(it));
+            else {
+              const envoy = [...envoys.values()].find(({ id }) => id === effect.stream);
+              if (envoy !== undefined) carry(cache.fromEnvoy(envoy.id, envoy.apply(effect.response)));
+            }
+          }
+        };
+        const connect = (which: number): void => {
+          const before = envoys.get(which);
+          const envoy = new ModelEnvoy(++stream, typeUrl);
+          for (const [held, value] of before?.holds ?? []) envoy.holds.set(held, value);
+          envoys.set(which, envoy);
+          if (before !== undefined) carry(cache.envoyClosed(before.id));
+          cache.envoyOpened(envoy.id);
+          if (typeUrl === CDS) carry(cache.fromEnvoy(envoy.id, envoy.ask([], [])));
+          else if ((before?.names.size ?? 0) > 0)
+            carry(cache.fromEnvoy(envoy.id, envoy.ask([...(before?.names ?? [])], [])));
+        };
+        carry(cache.upstreamOpened());
+        connect(1);
+        connect(2);
+        for (const it of steps) {
+          if (it.do === "change")
+            for (const pushed of istiod.change(it.name, it.content)) carry(cache.fromUpstream(pushed));
+          else if (it.do === "istiod-reconnects") {
+            cache.upstreamClosed();
+            istiod.cut();
+            carry(cache.upstreamOpened());
+          } else if (it.do === "envoy-reconnects") connect(it.envoy);
+          else if (typeUrl === EDS) {
+            const envoy = envoys.get(it.envoy);
+            const has = envoy?.names.has(it.name) === true;
+            if (envoy === undefined || has === (it.do === "want")) continue;
+            const [subscribe, unsubscribe] = it.do === "want" ? [[it.name], []] : [[], [it.name]];
+            carry(cache.fromEnvoy(envoy.id, envoy.ask(subscribe, unsubscribe)));
+          }
+        }
+        for (const envoy of envoys.values()) {
+          const want = [...istiod.truth].filter(([key]) => typeUrl === CDS || envoy.names.has(key));
+          expect(
+            Object.fromEntries([...envoy.holds].map(([key, { any }]) => [key, Buffer.from(any)])),
+          ).toEqual(
+            Object.fromEntries(
+              want.map(([key, content]) => [key, Buffer.from(bytesOf(typeUrl, key, content))]),
+            ),
+          );
+        }
+        expect([...istiod.unanswered]).toEqual([]);
+      }),
+      { numRuns: 300 },
+    );
+  });
+});
