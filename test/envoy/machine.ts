@@ -1,18 +1,21 @@
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { closeSync, constants, openSync } from "node:fs";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
-import { createServer, type Server as NetServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import type { Duplex } from "node:stream";
 import { setTimeout as sleep } from "node:timers/promises";
-import { connect } from "node:tls";
 import { promisify } from "node:util";
-import { Server, ServerCredentials, type ServerDuplexStream } from "@grpc/grpc-js";
+import { Latest } from "../../agent/core/signals.ts";
+import { formatSpiffe } from "../../agent/core/spiffe.ts";
 import { EnvoyAdmin, type EnvoyReadiness } from "../../agent/envoy/admin.ts";
 import { envoyArgv, renderBootstrap } from "../../agent/envoy/bootstrap.ts";
+import { enroll, targetOf } from "../../agent/identity/enroll.ts";
+import type { Svid } from "../../agent/identity/svid.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
-import { enroll, type Target } from "../controlplane/contract.ts";
-import { decode, encode, type Message, TYPE_PREFIX } from "../controlplane/protos.ts";
+import { serveSds } from "../../agent/sds/serve.ts";
+import { AdsRelay } from "../../agent/xds/relay.ts";
+import type { Target } from "../controlplane/contract.ts";
 
 const run = promisify(execFile);
 
@@ -26,8 +29,8 @@ export interface MachineOptions {
 }
 
 /**
- * A network namespace with a real Envoy that our bootstrap configures. In the agent's place stands the least that Envoy
- * needs: its certificate over SDS, and a pipe from the xDS socket to the control plane's TLS port.
+ * A network namespace with a real Envoy that our bootstrap configures, and the rooms of the agent that it needs (identity,
+ * sds, xds) in this process: no daemon, no systemd, none of vmmesh's rules.
  */
 export class TestMachine {
   readonly name: string;
@@ -35,7 +38,9 @@ export class TestMachine {
   readonly admin: EnvoyAdmin;
   readonly #folder: string;
   readonly #children: ChildProcess[] = [];
-  readonly #closers: (() => unknown)[] = [];
+  readonly #scope = new AbortController();
+  readonly #tasks: Promise<void>[] = [];
+  #relay: AdsRelay | undefined;
 
   private constructor(name: string, address: string, folder: string) {
     this.name = name;
@@ -111,6 +116,11 @@ export class TestMachine {
     return state;
   }
 
+  /** How often the way to the control plane was opened again. */
+  reconnects(): number {
+    return this.#relay?.status().reconnects ?? 0;
+  }
+
   /** What Envoy wrote to /dev/stdout; only where that is a FIFO. */
   accessLog(): Promise<string> {
     return readFile(join(this.#folder, "access.log"), "utf8");
@@ -125,7 +135,8 @@ export class TestMachine {
       const ended = new Promise((resolve) => child.once("exit", resolve));
       if (child.exitCode === null && child.signalCode === null && child.kill("SIGKILL")) await ended;
     }
-    for (const close of this.#closers) close();
+    this.#scope.abort();
+    await Promise.all(this.#tasks);
     await run("ip", ["netns", "del", this.name]);
     await rm(this.#folder, { recursive: true });
   }
@@ -135,27 +146,36 @@ export class TestMachine {
     await run("ip", ["-n", this.name, "link", "set", "lo", "up"]);
   }
 
+  /** The agent's rooms that Envoy talks to, wired as the daemon wires them. */
   async #agent(target: Target): Promise<void> {
-    const svid = await enroll(target, { token: target.token });
-    const roots = svid.chain.at(-1) ?? "";
-    const tls = {
-      key: svid.key,
-      cert: svid.chain.slice(0, -1).join(""),
-      ca: target.rootCert,
-      servername: target.serverName,
-    };
-    const pipe: NetServer = createServer((downstream) => {
-      const upstream = connect({ host: target.address, port: target.port, ALPNProtocols: ["h2"], ...tls });
-      downstream.pipe(upstream).pipe(downstream);
-      upstream.on("error", () => downstream.destroy());
-      downstream.on("error", () => upstream.destroy());
-    });
-    await new Promise<void>((resolve) => pipe.listen(join(this.#folder, "xds.sock"), resolve));
-    const sds = await serveSecrets(join(this.#folder, "sds.sock"), { key: tls.key, chain: tls.cert, roots });
-    this.#closers.push(
-      () => pipe.close(),
-      () => sds.forceShutdown(),
+    const host = linuxHost();
+    const { signal } = this.#scope;
+    const ca = { ...target, addresses: [target.address] };
+    const spiffe = formatSpiffe(target);
+    const svid = await enroll(
+      host,
+      { ca, spiffe, credential: { kind: "token", token: target.token } },
+      signal,
     );
+    const svids = new Latest<Svid>();
+    svids.set(svid);
+    const listenAt = (name: string) => (onConnection: (socket: Duplex) => void) =>
+      host.net.listenUnix(join(this.#folder, name), { mode: 0o600 }, onConnection);
+    const onRejected = (name: string, reason: string): void =>
+      console.error(`secret ${name} refused: ${reason}`);
+    const relay = new AdsRelay({
+      host,
+      listen: listenAt("xds.sock"),
+      upstreams: async () => [targetOf(ca, target.address, { kind: "certificate", svid })],
+      onEvent: () => undefined,
+    });
+    this.#relay = relay;
+    const listening = Promise.withResolvers<void>();
+    this.#tasks.push(
+      serveSds({ listen: listenAt("sds.sock"), onListening: listening.resolve, onRejected }, svids, signal),
+      relay.run(signal),
+    );
+    await listening.promise;
   }
 
   async #envoy({ binary, target, stdout }: MachineOptions): Promise<void> {
@@ -203,42 +223,4 @@ export class TestMachine {
     closeSync(file);
     return fifo;
   }
-}
-
-/** Envoy's two secrets, over streams of whole states, at a unix socket. */
-async function serveSecrets(
-  path: string,
-  svid: { key: string; chain: string; roots: string },
-): Promise<Server> {
-  const inline = (text: string): Message => ({ inline_string: text });
-  const secrets: Readonly<Record<string, Message>> = {
-    default: { tls_certificate: { certificate_chain: inline(svid.chain), private_key: inline(svid.key) } },
-    ROOTCA: { validation_context: { trusted_ca: inline(svid.roots) } },
-  };
-  const type = "envoy.extensions.transport_sockets.tls.v3.Secret";
-  const server = new Server();
-  const discovery = "envoy.service.discovery.v3.Discovery";
-  const definition = {
-    path: "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
-    requestStream: true,
-    responseStream: true,
-    requestSerialize: (message: Message) => encode(`${discovery}Request`, message),
-    requestDeserialize: (bytes: Buffer) => decode(`${discovery}Request`, bytes),
-    responseSerialize: (message: Message) => encode(`${discovery}Response`, message),
-    responseDeserialize: (bytes: Buffer) => decode(`${discovery}Response`, bytes),
-  };
-  const stream = (call: ServerDuplexStream<Message, Message>): void => {
-    call.on("data", (request: Message) => {
-      if (request["response_nonce"] !== "") return;
-      const resources = (request["resource_names"] as string[]).map((name) => ({
-        type_url: TYPE_PREFIX + type,
-        value: encode(type, { name, ...secrets[name] }),
-      }));
-      call.write({ type_url: TYPE_PREFIX + type, version_info: "1", nonce: "1", resources });
-    });
-    call.on("end", () => call.end()).on("error", () => undefined);
-  };
-  server.addService({ StreamSecrets: definition }, { StreamSecrets: stream });
-  await promisify(server.bindAsync.bind(server))(`unix:${path}`, ServerCredentials.createInsecure());
-  return server;
 }
