@@ -171,6 +171,13 @@ describe("other owners of the firewall", () => {
   });
 });
 
+/** What `readMachine` says of a kernel without nf_tables. */
+const LEGACY = {
+  backend: "legacy",
+  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
+  nft: false,
+} as const;
+
 describe("leases", () => {
   test("Envoy frozen: the mesh stays closed, other traffic goes direct after 3 s, and comes back", async () => {
     const { envoy } = await lab.populate();
@@ -211,27 +218,63 @@ describe("leases", () => {
     await leased();
   });
 
-  test("names: the agent answers while it lives, the real resolver otherwise", async () => {
-    await lab.populate();
+  /** A resolver out there, and an agent that answers for it and asks itself every second. */
+  async function agentAndResolver() {
     await lab.serve(lab.world, UID.app, {
-      tcp: [[REMOTE.ip, 53, "RESOLVER"]],
-      udp: [[REMOTE.ip, 53, "RESOLVER"]],
+      tcp: [
+        [REMOTE.ip, 53, "RESOLVER"],
+        [REMOTE.ip6, 53, "RESOLVER"],
+      ],
+      udp: [
+        [REMOTE.ip, 53, "RESOLVER"],
+        [REMOTE.ip6, 53, "RESOLVER"],
+      ],
     });
-    const agent = await lab.serve(lab.machine, UID.agent, {
-      tcp: [["127.0.0.1", 15053, "AGENT"]],
-      udp: [["127.0.0.1", 15053, "AGENT"]],
-      question: [["127.0.0.1", 15053]],
+    return lab.serve(lab.machine, UID.agent, {
+      tcp: [
+        ["127.0.0.1", 15053, "AGENT"],
+        ["::1", 15053, "AGENT"],
+      ],
+      udp: [
+        ["127.0.0.1", 15053, "AGENT"],
+        ["::1", 15053, "AGENT"],
+      ],
+      question: [
+        ["127.0.0.1", 15053],
+        ["::1", 15053],
+      ],
     });
-    await install({ ...WISH, dns: { servers: [REMOTE.ip] } });
-    await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
-    expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("AGENT");
-    expect(await lab.ask(UID.agent, REMOTE.ip, 53)).toBe("RESOLVER");
+  }
+
+  test.for([
+    { name: "guard and iptables-nft", facts: {} },
+    { name: "iptables-legacy alone", facts: LEGACY },
+  ])("names by $name: the agent answers while it lives, the real resolver otherwise", async ({ facts }) => {
+    const agent = await agentAndResolver();
+    const wish = { ...WISH, dns: { servers: [REMOTE.ip, REMOTE.ip6] } };
+    await (await applyPlan(lab.host, await lab.rendered(wish, facts), options())).confirm();
+    for (const server of wish.dns.servers) {
+      await eventually(async () => (await lab.ask(UID.app, server, 53)) === "AGENT", 5000);
+      expect(await lab.dial(UID.app, server, 53)).toBe("AGENT");
+      expect(await lab.ask(UID.agent, server, 53)).toBe("RESOLVER");
+    }
     signal(agent, "SIGSTOP");
     const lapse = await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "RESOLVER", 8000);
     console.log(`agent frozen → resolver in ${(lapse / 1000).toFixed(2)} s`);
-    expect(await lab.dial(UID.app, REMOTE.ip, 53)).toBe("RESOLVER");
+    for (const server of wish.dns.servers) {
+      expect(await lab.ask(UID.app, server, 53)).toBe("RESOLVER");
+      expect(await lab.dial(UID.app, server, 53)).toBe("RESOLVER");
+    }
     signal(agent, "SIGCONT");
     await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
+  });
+
+  test("a socket that asks again reaches the resolver: it is not pinned to the agent that has gone", async () => {
+    const agent = await agentAndResolver();
+    await install({ ...WISH, dns: { servers: [REMOTE.ip] } });
+    await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
+    signal(agent, "SIGSTOP");
+    expect(await lab.askTwice(UID.app, REMOTE.ip, 53)).toBe("RESOLVER");
   });
 });
 

@@ -151,6 +151,11 @@ export class Lab implements AsyncDisposable {
     return this.#once(this.machine, ["ask", String(uid), address, String(port)]);
   }
 
+  /** One question on one socket, asked again after 5 s. */
+  async askTwice(uid: number, address: string, port: number): Promise<string> {
+    return this.#once(this.machine, ["retry", String(uid), address, String(port)]);
+  }
+
   /** A connection that stays open; `alive()` sends something through it. */
   async hold(
     from: string,

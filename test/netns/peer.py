@@ -1,4 +1,4 @@
-"""The processes of the network tests: `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
+"""The processes of the network tests: `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
 import json
 import os
 import socket
@@ -99,6 +99,20 @@ def ask(address, port):
             print(error.strerror)
 
 
+def retry(address, port):
+    """One socket, two attempts five seconds apart: how the C library's resolver asks (resolv.conf(5), timeout and attempts)."""
+    with socket.socket(family(address), socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        for _ in range(2):
+            sock.sendto(b"?", (address, port))
+            try:
+                print(sock.recvfrom(64)[0].decode())
+                return
+            except TimeoutError:
+                pass
+        print("timeout")
+
+
 def hold(address, port):
     with socket.create_connection((address, port), 2) as sock:
         sock.settimeout(3)
@@ -121,4 +135,4 @@ os.setuid(int(sys.argv[2]))
 if sys.argv[1] == "serve":
     serve(json.loads(sys.argv[3]))
 else:
-    {"dial": dial, "ask": ask, "hold": hold}[sys.argv[1]](sys.argv[3], int(sys.argv[4]))
+    {"dial": dial, "ask": ask, "hold": hold, "retry": retry}[sys.argv[1]](sys.argv[3], int(sys.argv[4]))
