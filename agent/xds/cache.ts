@@ -1,6 +1,6 @@
 import { hash } from "node:crypto";
 import { type DeltaRequest, type DeltaResponse, type Resource, TYPE_URL } from "../proto/discovery.ts";
-import type { RpcStatus } from "../proto/wire.ts";
+import { type RpcStatus, readAny, readMessage } from "../proto/wire.ts";
 
 /** What a client wants of one type. */
 export interface Watch {
@@ -14,8 +14,19 @@ export type Effect =
   | { readonly to: "upstream"; readonly request: DeltaRequest }
   | { readonly to: "envoy"; readonly stream: number; readonly response: DeltaResponse };
 
+interface EnvoyWatch {
+  wildcard: boolean;
+  readonly names: Set<string>;
+  /** Name → digest of what Envoy holds. */
+  readonly sent: Map<string, string>;
+  /** Something of the type went to this stream, be it nothing at all. */
+  answered: boolean;
+}
+
 interface Downstream {
-  readonly watches: Map<string, { wildcard: boolean; names: Set<string>; sent: Map<string, string> }>;
+  readonly watches: Map<string, EnvoyWatch>;
+  /** Endpoints that must follow a cluster that was pushed, whether or not their bytes changed (see `#push`). */
+  readonly awaitedEndpoints: Set<string>;
   /** Our nonces that Envoy has not answered → the upstream nonce they stand for, if they stand for one. */
   readonly outstanding: Map<string, { typeUrl: string; upstreamNonce: string | undefined }>;
 }
@@ -27,6 +38,8 @@ interface Held extends Resource {
 
 interface TypeState {
   readonly resources: Map<string, Held>;
+  /** Names that upstream was asked for and said not to exist. */
+  readonly absent: Set<string>;
   /** What upstream has been asked for on its present stream. */
   asked: { wildcard: Watch["wildcard"]; names: Set<string> } | undefined;
   /** Upstream has answered at least once: for a wildcard type the resources are complete. */
@@ -80,7 +93,11 @@ export class DeltaCache {
   }
 
   envoyOpened(stream: number): void {
-    this.#downstreams.set(stream, { watches: new Map(), outstanding: new Map() });
+    this.#downstreams.set(stream, {
+      watches: new Map(),
+      awaitedEndpoints: new Set(),
+      outstanding: new Map(),
+    });
   }
 
   envoyClosed(stream: number): Effect[] {
@@ -105,10 +122,11 @@ export class DeltaCache {
     }
 
     const known = downstream.watches.get(typeUrl);
-    const watch = known ?? {
+    const watch: EnvoyWatch = known ?? {
       wildcard: false,
-      names: new Set<string>(),
+      names: new Set(),
       sent: new Map(request.initialVersions),
+      answered: false,
     };
     if (known === undefined) downstream.watches.set(typeUrl, watch);
     // Legacy wildcard: a first request that names nothing (xDS protocol, "How the client specifies what resources to return").
@@ -131,8 +149,10 @@ export class DeltaCache {
     effects.push(
       ...this.#ask(typeUrl, state, wildcardNow && !request.subscribe.includes("*") ? "legacy" : "star"),
     );
-    if (known === undefined || wildcardNow || fresh.length > 0)
-      effects.push(...this.#push(stream, downstream, typeUrl, undefined));
+    if (known === undefined || wildcardNow || fresh.length > 0) {
+      const gone = new Set(fresh.filter((name) => state.absent.has(name)));
+      effects.push(...this.#push(stream, downstream, typeUrl, { nonce: undefined, gone }));
+    }
     return effects;
   }
 
@@ -140,8 +160,14 @@ export class DeltaCache {
   fromUpstream(response: DeltaResponse): Effect[] {
     const { typeUrl } = response;
     const state = this.#type(typeUrl);
-    for (const resource of response.resources) state.resources.set(resource.name, hold(resource));
-    for (const name of response.removed) state.resources.delete(name);
+    for (const resource of response.resources) {
+      state.resources.set(resource.name, hold(resource));
+      state.absent.delete(resource.name);
+    }
+    for (const name of response.removed) {
+      state.resources.delete(name);
+      if (state.asked?.names.has(name) === true) state.absent.add(name);
+    }
     state.complete = true;
     state.version = response.systemVersion;
     const gone = new Set(response.removed);
@@ -170,7 +196,9 @@ export class DeltaCache {
 
   /** Does any cached resource of the type hold these bytes? */
   holds(typeUrl: string, needle: Uint8Array): boolean {
-    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) => Buffer.from(any.buffer, any.byteOffset, any.byteLength).includes(needle));
+    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) =>
+      Buffer.from(any.buffer, any.byteOffset, any.byteLength).includes(needle),
+    );
   }
 
   #type(typeUrl: string): TypeState {
@@ -178,6 +206,7 @@ export class DeltaCache {
     if (known !== undefined) return known;
     const state: TypeState = {
       resources: new Map(),
+      absent: new Set(),
       asked: undefined,
       complete: false,
       version: "",
@@ -227,11 +256,13 @@ export class DeltaCache {
     const wanted = this.#wanted(typeUrl);
     if (state.asked === undefined) {
       if (!wanted.wildcard && wanted.names.size === 0) return [];
-      state.asked = { wildcard: wanted.wildcard ? wildcardAs : "none", names: new Set(wanted.names) };
+      // Nothing at all means everything; beside names, everything must be said.
+      const how = wanted.names.size > 0 ? "star" : wildcardAs;
+      state.asked = { wildcard: wanted.wildcard ? how : "none", names: new Set(wanted.names) };
       const initialVersions = new Map(
         [...state.resources.values()].map(({ name, version }) => [name, version]),
       );
-      const subscribe = [...(wanted.wildcard && wildcardAs === "star" ? ["*"] : []), ...wanted.names];
+      const subscribe = [...(wanted.wildcard && how === "star" ? ["*"] : []), ...wanted.names];
       return [{ to: "upstream", request: { ...bare(typeUrl, ""), subscribe, initialVersions } }];
     }
     const fresh = [...wanted.names].filter((name) => !state.asked?.names.has(name));
@@ -248,41 +279,52 @@ export class DeltaCache {
     const wanted = this.#wanted(typeUrl);
     if (wanted.wildcard) return [];
     for (const name of [...state.resources.keys()]) if (!wanted.names.has(name)) state.resources.delete(name);
+    for (const name of state.absent) if (!wanted.names.has(name)) state.absent.delete(name);
     const stale = [...(state.asked?.names ?? [])].filter((name) => !wanted.names.has(name));
     if (stale.length === 0 || !this.#upstreamOpen) return [];
     for (const name of stale) state.asked?.names.delete(name);
     return [{ to: "upstream", request: { ...bare(typeUrl, ""), unsubscribe: stale } }];
   }
 
-  /** What this Envoy lacks, or holds and should not. `cause`: the upstream response that brought it about. */
+  /**
+   * What this Envoy lacks, or holds and should not.
+   *
+   * Endpoints go with their cluster even if they are the same: a changed cluster waits for them before it is used, but
+   * Envoy has subscribed to the name already and does not ask again (seen with 1.40: it stays in warming for ever).
+   *
+   * @param cause nonce of the upstream response that brought it about, if one did; names that are known not to exist
+   */
   #push(
     stream: number,
     downstream: Downstream,
     typeUrl: string,
-    cause: { nonce: string; gone: ReadonlySet<string> } | undefined,
+    cause: { readonly nonce: string | undefined; readonly gone: ReadonlySet<string> },
   ): Effect[] {
     const watch = downstream.watches.get(typeUrl);
-    const state = this.#type(typeUrl);
     if (watch === undefined) return [];
+    const state = this.#type(typeUrl);
     const wants = (name: string): boolean => watch.wildcard || watch.names.has(name);
+    const awaited = typeUrl === TYPE_URL.endpoint ? downstream.awaitedEndpoints : undefined;
     const resources = [...state.resources.values()].filter(
-      ({ name, digest }) => wants(name) && watch.sent.get(name) !== digest,
+      ({ name, digest }) => wants(name) && (watch.sent.get(name) !== digest || awaited?.has(name) === true),
     );
     const removed = [...watch.sent.keys()].filter(
-      (name) =>
-        state.complete && !state.resources.has(name) && (watch.wildcard || cause?.gone.has(name) === true),
+      (name) => state.complete && !state.resources.has(name) && (watch.wildcard || cause.gone.has(name)),
     );
     // Envoy waits for a named resource until it comes or is said not to exist.
-    for (const name of cause?.gone ?? [])
-      if (watch.names.has(name) && !removed.includes(name)) removed.push(name);
+    for (const name of cause.gone) if (watch.names.has(name) && !removed.includes(name)) removed.push(name);
     // The first answer to a wildcard is owed even when it is empty: Envoy's initialisation waits for it.
-    const owed = watch.wildcard && state.complete && cause !== undefined && watch.sent.size === 0;
+    const owed = watch.wildcard && state.complete && !watch.answered && watch.sent.size === 0;
     if (resources.length + removed.length === 0 && !owed) return [];
-    for (const { name, digest } of resources) watch.sent.set(name, digest);
+    watch.answered = true;
+    for (const { name, digest } of resources) {
+      watch.sent.set(name, digest);
+      awaited?.delete(name);
+    }
     for (const name of removed) watch.sent.delete(name);
     this.#nonce += 1;
     const nonce = String(this.#nonce);
-    downstream.outstanding.set(nonce, { typeUrl, upstreamNonce: cause?.nonce });
+    downstream.outstanding.set(nonce, { typeUrl, upstreamNonce: cause.nonce });
     return [
       {
         to: "envoy",
@@ -295,8 +337,42 @@ export class DeltaCache {
           nonce,
         },
       },
+      ...(typeUrl === TYPE_URL.cluster ? this.#pushEndpointsOf(stream, downstream, resources) : []),
     ];
   }
+
+  #pushEndpointsOf(stream: number, downstream: Downstream, clusters: readonly Resource[]): Effect[] {
+    for (const { any } of clusters) {
+      const name = endpointsOf(any);
+      if (name !== undefined) downstream.awaitedEndpoints.add(name);
+    }
+    return this.#push(stream, downstream, TYPE_URL.endpoint, { nonce: undefined, gone: new Set() });
+  }
+}
+
+/**
+ * The name under which a cluster asks for its endpoints: `eds_cluster_config.service_name` (3, 2), else its own (1).
+ * @returns undefined if it gets them another way, or if the bytes are no cluster
+ */
+function endpointsOf(any: Uint8Array): string | undefined {
+  let [name, serviceName, byDiscovery] = ["", "", false];
+  try {
+    readMessage(readAny(any).value, (field, reader) => {
+      if (field === 1) name = reader.string();
+      else if (field === 3) {
+        byDiscovery = true;
+        readMessage(reader.bytes(), (inner, config) => {
+          if (inner !== 2) return false;
+          serviceName = config.string();
+          return true;
+        });
+      } else return false;
+      return true;
+    });
+  } catch {
+    return undefined;
+  }
+  return byDiscovery ? serviceName || name : undefined;
 }
 
 function bare(typeUrl: string, responseNonce: string): DeltaRequest {
