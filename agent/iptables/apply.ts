@@ -1,11 +1,19 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Host } from "../platform/host.ts";
 import { withoutCounters } from "./parse.ts";
-import type { CapturePlan } from "./plan.ts";
-import { foreignIstio, listNftTable, readTables, refused, type SeenTable, tryRun } from "./read.ts";
+import { type CapturePlan, type CaptureWish, planCapture } from "./plan.ts";
+import {
+  foreignIstio,
+  listNftTable,
+  readMachine,
+  readTables,
+  refused,
+  type SeenTable,
+  tryRun,
+} from "./read.ts";
 import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
-import { nftTables, restoreCommand } from "./undo.ts";
+import { nftTables, renderUndoScript, restoreCommand } from "./undo.ts";
 
 export type Applies = Pick<Host, "run" | "files" | "random">;
 
@@ -362,7 +370,7 @@ export async function readState(
   const text = await files.readText(`${here}/plan.json`);
   const unreadable = (why: string): VmmeshError =>
     new VmmeshError("STATE_UNREADABLE", `${here}/plan.json ${why}`, {
-      next: "Run `vmmesh leave --clean` to take all rules of vmmesh out, then join again.",
+      next: "Run `vmmesh iptables clean` to take all rules of vmmesh out, then `vmmesh iptables apply`.",
     });
   if (text === undefined) throw unreadable("is missing");
   let state: GenerationFile;
@@ -504,7 +512,7 @@ export async function removeCapture(host: Applies, rulesDir: string): Promise<Re
   let residue: string[] = [];
   let foreignUnchanged = true;
   for (const link of ["trial", "confirmed"] as const) {
-    const found = await readState(host.files, rulesDir, link);
+    const found = await readableState(host.files, rulesDir, link);
     if (found === undefined) continue;
     const { here, state } = found;
     const before = await foreignLines(host, state.plan);
@@ -516,8 +524,49 @@ export async function removeCapture(host: Applies, rulesDir: string): Promise<Re
     removed.push(here);
   }
   await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
+  if (removed.length === 0 && (await removeUnrecorded(host))) removed.push("rules without a record");
   if (residue.length === 0) await host.files.remove(rulesDir);
   return { removed, residue, foreignUnchanged };
+}
+
+/** A record that cannot be read must not keep anybody from leaving: it counts as lost. */
+async function readableState(...args: Parameters<typeof readState>): ReturnType<typeof readState> {
+  try {
+    return await readState(...args);
+  } catch (thrown) {
+    if (thrown instanceof VmmeshError && thrown.code === "STATE_UNREADABLE") return undefined;
+    throw thrown;
+  }
+}
+
+/** A wish whose plan has every chain, in both families: for finding what is ours when the record is lost. */
+const EVERYTHING: CaptureWish = {
+  agentUid: 1,
+  envoyUid: 1,
+  inbound: { kind: "all", excludePorts: [] },
+  sshPorts: [],
+  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
+  meshCidrs: ["192.0.2.0/24"],
+  dns: { servers: ["192.0.2.1", "2001:db8::1"] },
+  ipv6: true,
+  istiod: [],
+  keep: [],
+};
+
+/** Takes out rules that carry our comment although no record knows them. Somebody else's ISTIO_* chains are left alone. */
+async function removeUnrecorded(host: Applies): Promise<boolean> {
+  const machine = await readMachine(host);
+  if (machine.backend === undefined && !machine.nft) return false;
+  const plan = planCapture(EVERYTHING, machine);
+  const seen = await readTables(host, plan);
+  const tables = await Promise.all(nftTables(plan).map((name) => listNftTable(host, name)));
+  const ours =
+    seen.some((table) => table.own.length > 0 || table.jumps.length > 0) ||
+    tables.some((it) => it !== undefined);
+  if (!ours || foreignIstio(seen).length > 0) return false;
+  const result = await host.run({ argv: ["sh", "-s", "now"], input: renderUndoScript(plan) });
+  if (result.code !== 0) throw refused(result, "the undo script");
+  return true;
 }
 
 const OURS = new RegExp(`\\b(${Object.values(CHAIN).join("|")})\\b`);

@@ -101,6 +101,7 @@ export function judge(evidence: Evidence): Finding[] {
   ].sort((a, b) => a.id.localeCompare(b.id));
 }
 
+const REPAIR = "vmmesh iptables repair";
 const APPLY = "vmmesh iptables apply";
 
 function finding(
@@ -141,7 +142,7 @@ function everywhere(evidence: Evidence): Finding[] {
         "chains of vmmesh are there although nothing is confirmed",
         lines,
         "Take them out.",
-        "vmmesh leave --clean",
+        "vmmesh iptables clean",
       ),
     ),
     ...when(foreign, (lines) =>
@@ -197,7 +198,7 @@ function everywhere(evidence: Evidence): Finding[] {
             "a trial of rules is over but was not taken back",
             ["rules/trial is still there"],
             "Let it be taken back now.",
-            APPLY,
+            REPAIR,
           ),
         ]
       : []),
@@ -239,7 +240,7 @@ function capture(evidence: Evidence, plan: CapturePlan, printed: GenerationFile[
     .flatMap((seen) => seen.untracking.map((line) => `${place(seen)}: ${line}`));
   return [
     ...when(lost, (lines) =>
-      finding("FW001", "critical", "the jump to our chains is missing", lines, "Put it back.", APPLY),
+      finding("FW001", "critical", "the jump to our chains is missing", lines, "Put it back.", REPAIR),
     ),
     ...when(ahead, (lines) =>
       finding(
@@ -248,7 +249,7 @@ function capture(evidence: Evidence, plan: CapturePlan, printed: GenerationFile[
         "a rule ahead of ours takes captured traffic away",
         lines,
         "Move ours ahead again; the guard captures meanwhile.",
-        APPLY,
+        REPAIR,
       ),
     ),
     ...when(benign, (lines) =>
@@ -261,11 +262,18 @@ function capture(evidence: Evidence, plan: CapturePlan, printed: GenerationFile[
         "a jump to our chains is there more than once",
         lines,
         "Write the table again.",
-        APPLY,
+        REPAIR,
       ),
     ),
     ...when(drift, (lines) =>
-      finding("FW005", "high", "our chains are not what was applied", lines, "Write the table again.", APPLY),
+      finding(
+        "FW005",
+        "high",
+        "our chains are not what was applied",
+        lines,
+        "Write the table again.",
+        REPAIR,
+      ),
     ),
     ...(guardInForce(evidence, plan)
       ? []
@@ -276,7 +284,7 @@ function capture(evidence: Evidence, plan: CapturePlan, printed: GenerationFile[
             "questions for names are untracked before they can be redirected",
             lines,
             "Move our jump in raw to the front.",
-            APPLY,
+            REPAIR,
           ),
         )),
   ];
@@ -327,7 +335,7 @@ function ownTables(evidence: Evidence, { plan, nft }: Pick<GenerationFile, "plan
     `table ${table}, chain ${chain}: nat hook ${hook} priority ${priority}`;
   return [
     ...when(changed, (lines) =>
-      finding("FW042", "high", "guard or fence is not as it was loaded", lines, "Load them again.", APPLY),
+      finding("FW042", "high", "guard or fence is not as it was loaded", lines, "Load them again.", REPAIR),
     ),
     ...when(foreign.filter(({ priority }) => priority === first).map(say), (lines) =>
       finding(
@@ -336,7 +344,7 @@ function ownTables(evidence: Evidence, { plan, nft }: Pick<GenerationFile, "plan
         "another nat chain has our priority: which runs first is not defined",
         lines,
         "Load the guard, which runs ahead of it.",
-        APPLY,
+        REPAIR,
       ),
     ),
     ...when(foreign.filter(({ priority }) => priority < first).map(say), (lines) =>
@@ -492,7 +500,7 @@ function inputFindings(evidence: Evidence, plan: CapturePlan): Finding[] {
           "a listener for captured traffic can be dialled from outside",
           lines,
           "Load the fence, or close these ports.",
-          APPLY,
+          REPAIR,
         ),
     ),
   ];

@@ -502,6 +502,28 @@ describe("removal", () => {
     expect(await lab.firewall()).toEqual(before);
   });
 
+  test("the record is lost: what carries our comment goes, what does not stays", async () => {
+    await install();
+    await lab.host.files.writeAtomic(`${lab.rulesDir}/confirmed/plan.json`, "{", { mode: 0o600 });
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({
+      removed: ["rules without a record"],
+    });
+    await install();
+    await lab.host.files.remove(lab.rulesDir);
+    expect((await auditCapture(lab.host, undefined)).map(({ id }) => id)).toEqual(["FW006"]);
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({
+      removed: ["rules without a record"],
+    });
+    expect((await lab.firewall()).filter((line) => /ISTIO|VMMESH|vmmesh/.test(line))).toEqual([]);
+    await lab.insideShell(
+      "iptables-nft -t nat -N ISTIO_OUTPUT; iptables-nft -t nat -A ISTIO_OUTPUT -j RETURN",
+    );
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({ removed: [] });
+    expect(await lab.insideShell("iptables-nft -t nat -S ISTIO_OUTPUT")).toContain(
+      "-A ISTIO_OUTPUT -j RETURN",
+    );
+  });
+
   test("removed twice is removed once", async () => {
     await install();
     await removeCapture(lab.host, lab.rulesDir);

@@ -1,4 +1,5 @@
 """The processes of the network tests: `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ def family(address):
 
 
 def answer(connection, name):
-    with connection:
+    with connection, contextlib.suppress(ConnectionError):
         connection.sendall(name.encode() + b"\n")
         while data := connection.recv(4096):
             connection.sendall(data)
