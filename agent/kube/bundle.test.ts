@@ -4,7 +4,7 @@ import { MemoryFiles } from "../../test/fakes/files.ts";
 import { FakeKube, type FakeKubeOptions } from "../../test/fakes/kube-api.ts";
 import { VmmeshError } from "../core/errors.ts";
 import { readBundle, renderBundle, writeBundle } from "../mesh/bundle.ts";
-import { type BundleRequest, type MadeBundle, makeBundle } from "./bundle.ts";
+import { type BundleRequest, type MadeBundle, makeBundle, readMesh } from "./bundle.ts";
 import { KubeClient, type KubeObject } from "./client.ts";
 import type { KubeAccess } from "./kubeconfig.ts";
 
@@ -72,12 +72,8 @@ function cluster(...more: KubeObject[]): KubeObject[] {
 const without = (objects: readonly KubeObject[], name: string): KubeObject[] =>
   objects.filter(({ metadata }) => metadata.name !== name);
 
-async function make(
-  request: Partial<BundleRequest> = {},
-  options: FakeKubeOptions = { objects: cluster() },
-): Promise<{ bundle: MadeBundle; fake: FakeKube }> {
-  await using fake = await FakeKube.start(options);
-  const access: KubeAccess = {
+function accessTo(fake: FakeKube): KubeAccess {
+  return {
     source: "a test",
     server: fake.url,
     user: "tester",
@@ -91,7 +87,14 @@ async function make(
     impersonate: undefined,
     warnings: [],
   };
-  await using client = new KubeClient(access);
+}
+
+async function make(
+  request: Partial<BundleRequest> = {},
+  options: FakeKubeOptions = { objects: cluster() },
+): Promise<{ bundle: MadeBundle; fake: FakeKube }> {
+  await using fake = await FakeKube.start(options);
+  await using client = new KubeClient(accessTo(fake));
   return { bundle: await makeBundle(client, { group: GROUP, tokenSeconds: 3600, ...request }), fake };
 }
 
@@ -143,6 +146,13 @@ describe("a bundle", () => {
     });
     expect(bundle.tokenExpires.toISOString()).toBe("2026-11-23T00:10:00.000Z");
     expect(bundle.token?.split(".")).toHaveLength(3);
+  });
+
+  test("in a rehearsal reads everything and writes nothing", async () => {
+    await using fake = await FakeKube.start({ objects: cluster() });
+    await using client = new KubeClient(accessTo(fake));
+    expect(await readMesh(client, { group: GROUP })).not.toHaveProperty("token");
+    expect(fake.asked.filter((line) => !/^(get|list) /.test(line))).toEqual([]);
   });
 
   test("never tells its token in what is printed", async () => {

@@ -34,8 +34,16 @@ export interface BundleRequest {
   readonly captureDns?: boolean;
 }
 
-export interface MadeBundle extends Bundle {
+/** What a request says beside the token. */
+export type ReadRequest = Omit<BundleRequest, "tokenSeconds" | "tokenBoundTo">;
+
+/** A bundle still without a token: all that can be had by reading. */
+export interface ReadBundle extends Bundle {
   readonly choices: readonly Choice[];
+}
+
+export interface MadeBundle extends ReadBundle {
+  readonly token: string;
   readonly tokenExpires: Date;
 }
 
@@ -62,9 +70,33 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
       next: `The API server grants ${LEAST_TOKEN_SECONDS} seconds or more.`,
     });
   }
+  const bundle = await readMesh(client, request);
+  const { namespace = "" } = request.group.metadata;
+  const { serviceAccount } = templateOf(request.group);
+  const { token, expires } = await client.requestToken({
+    namespace,
+    serviceAccount,
+    audience: AUDIENCE,
+    seconds: request.tokenSeconds,
+    ...(request.tokenBoundTo === undefined ? {} : { boundTo: request.tokenBoundTo }),
+  });
+  const choice: Choice = {
+    name: "token",
+    value: `for ${serviceAccount} in ${namespace}, audience ${AUDIENCE}`,
+    why: `until ${expires.toISOString()}`,
+  };
+  return { ...bundle, token, tokenExpires: expires, choices: [...bundle.choices, choice] };
+}
+
+/**
+ * Everything of a bundle but its token. It writes nothing in the cluster, so a rehearsal, or a join before it makes its
+ * objects, learns by it whether all that is needed is there and may be read.
+ *
+ * @throws as `makeBundle`
+ */
+export async function readMesh(client: Reader, request: ReadRequest): Promise<ReadBundle> {
   const istioNamespace = request.istioNamespace ?? ISTIO_NAMESPACE;
   const revision = request.revision === "default" ? "" : (request.revision ?? "");
-  const { name, namespace = "" } = request.group.metadata;
   const suffix = revision === "" ? "" : `-${revision}`;
   const istiodHost = `istiod${suffix}.${istioNamespace}.svc`;
 
@@ -72,7 +104,7 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
   const clusterId = await clusterIdOf(client, request, `istio-sidecar-injector${suffix}`, istioNamespace);
   const addresses = await istiodAddressesOf(client, request, istioNamespace);
   const cidrs = await meshCidrsOf(client);
-  const rootCert = await readRootCert(client, namespace);
+  const rootCert = await readRootCert(client, request.group.metadata.namespace ?? "");
   const facts: GroupFacts = {
     request,
     clusterId: clusterId.value,
@@ -81,23 +113,13 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
   };
   const proxyConfig = proxyConfigOf(facts);
   const { kept, refused } = sieveMeshEnv(clusterEnvOf(facts, proxyConfig));
-  const serviceAccount = templateOf(request.group).serviceAccount;
-  const granted = await client.requestToken({
-    namespace,
-    serviceAccount,
-    audience: AUDIENCE,
-    seconds: request.tokenSeconds,
-    ...(request.tokenBoundTo === undefined ? {} : { boundTo: request.tokenBoundTo }),
-  });
   return {
     clusterEnv: kept,
     proxyConfig,
     rootCert,
-    token: granted.token,
     hosts: new Map([[istiodHost, addresses.list]]),
     meshCidrs: cidrs.list,
     refusedKeys: refused,
-    tokenExpires: granted.expires,
     choices: [
       {
         name: "control plane",
@@ -107,11 +129,6 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
       addresses.choice,
       clusterId,
       cidrs.choice,
-      {
-        name: "token",
-        value: `${serviceAccount} in ${namespace}, until ${granted.expires.toISOString()}`,
-        why: `for group ${name}, audience ${AUDIENCE}`,
-      },
     ],
   };
 }
@@ -161,7 +178,7 @@ async function readRootCert(client: Reader, namespace: string): Promise<string> 
 
 async function clusterIdOf(
   client: Reader,
-  request: BundleRequest,
+  request: ReadRequest,
   name: string,
   namespace: string,
 ): Promise<Choice> {
@@ -194,7 +211,7 @@ interface Listed {
 
 async function istiodAddressesOf(
   client: Reader,
-  request: BundleRequest,
+  request: ReadRequest,
   istioNamespace: string,
 ): Promise<Listed> {
   const name = "istiod address";
@@ -278,7 +295,7 @@ async function unlessForbidden<T>(work: Promise<T>): Promise<T | "forbidden"> {
 }
 
 interface GroupFacts {
-  readonly request: BundleRequest;
+  readonly request: ReadRequest;
   readonly clusterId: string;
   readonly mesh: MeshConfig;
   /** `istiod-REV.NS.svc:15012`, only of a named revision: the other one is the agent's default. */

@@ -164,6 +164,17 @@ describe("an API server that cannot be used, in words:", () => {
     expect(proxy.tunnels()).toBe(2);
   });
 
+  test("it asks for a certificate: that of the kubeconfig lets in, none does not", async () => {
+    const certs = await making;
+    const tls = { ...certs.leaf("good"), clients: certs.roots.ours };
+    await using fake = await FakeKube.start({ tls, objects: [ACCOUNT] });
+    const access = { ...ACCESS, server: fake.url, ca: certs.roots.ours };
+    await using client = new KubeClient({ ...access, certificate: certs.leaf("name") });
+    expect(await client.get(REF)).toEqual(ACCOUNT);
+    const error = await failure(access, (bare) => bare.get(REF));
+    expect(error.code).toBe("KUBE_UNREACHABLE");
+  });
+
   test("without a check of the certificate, when that was asked for", async () => {
     const certs = await making;
     await using fake = await FakeKube.start({ tls: certs.leaf("expired"), objects: [ACCOUNT] });

@@ -39,14 +39,6 @@ const REASONS: Readonly<Record<string, Reason>> = {
     next: "Look at the port in the kubeconfig's `server`.",
   },
   EPROTO: { says: "the TLS handshake failed", next: CHECK_NETWORK },
-  ERR_SSL_TLSV13_ALERT_CERTIFICATE_REQUIRED: {
-    says: "it asks for a client certificate",
-    next: "Use a kubeconfig with a client certificate.",
-  },
-  ERR_SSL_SSLV3_ALERT_BAD_CERTIFICATE: {
-    says: "it does not accept the client certificate of the kubeconfig",
-    next: "It may have expired or be from another cluster: get a new kubeconfig.",
-  },
   ECONNREFUSED: { says: "nothing listens there", next: CHECK_NETWORK },
   ECONNRESET: { says: "the connection was cut", next: CHECK_NETWORK },
   EHOSTUNREACH: { says: "there is no route to it", next: CHECK_NETWORK },

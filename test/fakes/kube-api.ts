@@ -22,7 +22,8 @@ export interface FakeKubeOptions {
   readonly objects?: readonly KubeObject[];
   /** Groups that the cluster has beside the core one. */
   readonly groups?: readonly string[];
-  readonly tls?: { readonly cert: string; readonly key: string };
+  /** With `clients`, a root in PEM: only who shows a certificate from it is let in. */
+  readonly tls?: { readonly cert: string; readonly key: string; readonly clients?: string };
 }
 
 /**
@@ -44,8 +45,7 @@ export class FakeKube implements AsyncDisposable {
   }
 
   static async start(options: FakeKubeOptions = {}): Promise<FakeKube> {
-    const server =
-      options.tls === undefined ? createServer() : (createTlsServer(options.tls) as unknown as Server);
+    const server = options.tls === undefined ? createServer() : createTls(options.tls);
     const fake = new FakeKube(server, options);
     server.on("request", (request: IncomingMessage, response) => {
       void read(request).then((text) => {
@@ -149,6 +149,11 @@ export class FakeKube implements AsyncDisposable {
     if (object !== undefined) this.objects.set(key, object);
     return { status: 201, body: object };
   }
+}
+
+function createTls({ cert, key, clients }: NonNullable<FakeKubeOptions["tls"]>): Server {
+  const asks = clients === undefined ? {} : { requestCert: true, rejectUnauthorized: true, ca: clients };
+  return createTlsServer({ cert, key, ...asks }) as unknown as Server;
 }
 
 /** The audience and times are the asked ones; the signature is none. */
