@@ -32,7 +32,7 @@ export interface BundleFile {
 }
 
 /** Mode of the directory that a bundle is written into: it holds a token. */
-export const BUNDLE_DIRECTORY_MODE = 0o700;
+const BUNDLE_DIRECTORY_MODE = 0o700;
 const SECRET_MODE = 0o600;
 
 /**

@@ -192,7 +192,7 @@ export function renderEnv(
 }
 
 /** A value as one word of a POSIX shell. */
-export function quote(value: string): string {
+function quote(value: string): string {
   return `'${value.replaceAll("'", `'"'"'`)}'`;
 }
 
