@@ -1,6 +1,6 @@
 import { isMap, isSeq, LineCounter, parseDocument } from "yaml";
 import { VmmeshError } from "../core/errors.ts";
-import { type Fields, fieldsOf, isFields, textOf } from "../mesh/yaml.ts";
+import { type Fields, fieldsOf, isFields, plainOf, textOf } from "../mesh/yaml.ts";
 import type { Host } from "../platform/host.ts";
 
 /** How to reach and talk to one API server, with everything read from disk already. Never written anywhere. */
@@ -152,7 +152,8 @@ class Source {
 
   constructor(place: Place, text: string) {
     this.place = place;
-    this.#document = parseDocument(text, { lineCounter: this.#lines });
+    // The library would print warnings by itself, with parts of the file: there are credentials in it.
+    this.#document = parseDocument(text, { lineCounter: this.#lines, logLevel: "error" });
     const [error] = this.#document.errors;
     if (error !== undefined) {
       throw this.malformed(
@@ -160,7 +161,8 @@ class Source {
         error.message.split("\n")[0]?.replace(/ at line .*$/, "") ?? "",
       );
     }
-    const value: unknown = this.#document.toJS();
+    const value = plainOf(this.#document);
+    if (value instanceof Error) throw this.malformed(undefined, value.message);
     if (!isFields(value)) throw this.malformed(1, "there is no map of keys in it");
     this.fields = value;
   }

@@ -96,6 +96,12 @@ describe("a bundle of istioctl", () => {
   });
 });
 
+/** Nine levels of nine: 600 bytes that would become 387 million values. */
+const BOMB = Array.from({ length: 9 }, (_, level) => {
+  const item = level === 0 ? "x" : `*a${level - 1}`;
+  return `a${level}: &a${level} [${Array(9).fill(item).join(", ")}]\n`;
+}).join("");
+
 describe("a malformed bundle is refused by file, line and next step:", () => {
   test.for([
     { name: "no file", change: { "mesh.yaml": undefined }, want: "/b: `mesh.yaml` is missing" },
@@ -103,6 +109,17 @@ describe("a malformed bundle is refused by file, line and next step:", () => {
       name: "broken YAML",
       change: { "mesh.yaml": "defaultConfig:\n  a: 'x\n" },
       want: "/b/mesh.yaml, line 3: Missing closing",
+    },
+    // The fuzzing below met the first: the YAML reader threw a ReferenceError from deep inside.
+    {
+      name: "an alias of nothing",
+      change: { "mesh.yaml": "a: *b\n" },
+      want: "/b/mesh.yaml: Unresolved alias",
+    },
+    {
+      name: "aliases that multiply",
+      change: { "mesh.yaml": BOMB },
+      want: "/b/mesh.yaml: Excessive alias count",
     },
     {
       name: "YAML that is a list",

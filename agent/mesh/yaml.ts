@@ -34,17 +34,27 @@ export function textMapOf(value: unknown): Record<string, string> {
  * @throws {VmmeshError} `code` with the line, if it is not
  */
 export function parseYamlFields(text: string, where: string, code: ErrorCode, next: string): Fields {
-  const document = parseDocument(text);
+  const document = parseDocument(text, { logLevel: "error" });
   const [error] = document.errors;
   if (error !== undefined) {
     const line = error.linePos?.[0].line;
     const reason = error.message.split("\n")[0]?.replace(/ at line \d+, column \d+:?$/, "") ?? error.code;
     throw new VmmeshError(code, `${where}${line === undefined ? "" : `, line ${line}`}: ${reason}`, { next });
   }
-  const value: unknown = document.toJS({ maxAliasCount: 100 });
+  const value = plainOf(document);
+  if (value instanceof Error) throw new VmmeshError(code, `${where}: ${value.message}`, { next });
   if (!isFields(value))
     throw new VmmeshError(code, `${where}, line 1: there is no map of keys in it`, { next });
   return value;
+}
+
+/** The document as plain values; an error if its aliases lead nowhere, or multiply it (a few bytes could fill the memory). */
+export function plainOf(document: Pick<ReturnType<typeof parseDocument>, "toJS">): unknown {
+  try {
+    return document.toJS({ maxAliasCount: 100 });
+  } catch (thrown) {
+    return thrown instanceof Error ? thrown : new Error(String(thrown));
+  }
 }
 
 /** YAML as istioctl writes it: keys sorted at every depth, block style, lines never folded. */
