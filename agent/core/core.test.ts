@@ -61,7 +61,7 @@ describe("addresses", () => {
 
   test("loopback, link-local and unspecified are nobody's registered address", () => {
     expect(
-      ["127.0.0.1", "169.254.1.1", "0.0.0.0", "::", "::1", "fe80::1", "febf::1"].filter(isRoutable),
+      ["127.0.0.1", "169.254.1.1", "0.0.0.0", "::", "::1", "fe80::1", "febf::1", "::6"].filter(isRoutable),
     ).toEqual([]);
     expect(["10.0.0.1", "fd00::1", "2001:db8::1"].filter(isRoutable)).toHaveLength(3);
   });

@@ -68,13 +68,16 @@ export function parseHostPort(text: string): { host: string; port: number } | un
   return port >= 1 && port <= 65535 ? { host, port } : undefined;
 }
 
-/** Loopback and link-local addresses never leave the machine, so they can be nobody's registered address. */
+/**
+ * Loopback and link-local addresses never leave the machine, so they can be nobody's registered address. Nor can those of
+ * ::/96 (RFC 4291, 2.5.5.1): Istio's Envoy binds ::6, which our own rules put on lo.
+ */
 export function isRoutable(address: string): boolean {
   const v4 = ipv4Bytes(address);
   if (v4 !== undefined) return v4[0] !== 127 && v4[0] !== 0 && !(v4[0] === 169 && v4[1] === 254);
   const v6 = ipv6Bytes(address);
   if (v6 === undefined) return false;
   const linkLocal = v6[0] === 0xfe && ((v6[1] ?? 0) & 0xc0) === 0x80;
-  const unspecifiedOrLoopback = v6.subarray(0, 15).every((byte) => byte === 0) && (v6[15] ?? 0) <= 1;
-  return !linkLocal && !unspecifiedOrLoopback;
+  const reserved = v6.subarray(0, 12).every((byte) => byte === 0);
+  return !linkLocal && !reserved;
 }

@@ -29,6 +29,8 @@ export interface Paths {
   /** Envoy's own admin interface; vmmesh-envoy 0750, group vmmesh. */
   readonly envoyRun: string;
   readonly envoyAdminSocket: string;
+  /** Directory of the FIFO that carries Envoy's access log. */
+  readonly envoyLogRun: string;
   /** What root last saw of the rules, for the agent to show; root 0644. */
   readonly captureState: string;
   /** The agent asks for repair of the rules by touching this file; its content is never read. */
@@ -60,6 +62,7 @@ export function paths(root = "/"): Paths {
     adminSocket: at("/run/vmmesh/admin.sock"),
     envoyRun: at("/run/vmmesh-envoy"),
     envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
+    envoyLogRun: at("/run/vmmesh-envoy-log"),
     captureState: at("/run/vmmesh-capture.json"),
     repairRequest: at("/run/vmmesh/repair-request"),
   };

@@ -146,7 +146,11 @@ export async function unwind(
       },
     );
   }
-  await machine.host.files.remove(machine.paths.hostState);
+  // What systemd keeps for an agent that restarts (RuntimeDirectoryPreserve=) nobody needs any more. The journal goes last.
+  const { paths } = machine;
+  for (const path of [paths.run, paths.envoyRun, paths.envoyLogRun, paths.captureState, paths.hostState]) {
+    await machine.host.files.remove(path);
+  }
 }
 
 async function takeBack(undo: Undo, machine: Machine): Promise<void> {

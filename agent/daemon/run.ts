@@ -138,6 +138,9 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
           "A stock Envoy lacks Istio's own extensions: see README.md, or run the Envoy of your Istio release with --envoy.",
         );
         return;
+      case "reopened":
+        log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);
+        return;
       case "envoy-connected":
         log.info("Envoy is connected", { streams: event.streams });
         return;
@@ -169,6 +172,8 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
           },
         }
       : {}),
+    inboundPorts:
+      workload.inbound.kind === "ports" ? workload.inbound.ports : workload.ports.map(({ port }) => port),
     onEvent,
   });
 
@@ -439,12 +444,10 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       random: () => host.random(4).reduce((sum, byte) => sum * 256 + byte, 0) / 2 ** 32,
       onRestart: (task, cause, waitMs) => {
         metrics.taskRestarts.inc({ task });
-        log
-          .child(task)
-          .error(`failed, starts again: ${messageOf(cause)}`, {
-            in_ms: Math.round(waitMs),
-            code: codeOf(cause),
-          });
+        log.child(task).error(`failed, starts again: ${messageOf(cause)}`, {
+          in_ms: Math.round(waitMs),
+          code: codeOf(cause),
+        });
       },
     },
     signal,
