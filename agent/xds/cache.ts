@@ -178,9 +178,10 @@ export class DeltaCache {
     return pushes.length > 0 ? pushes : this.#settle(typeUrl, state, response.nonce, undefined);
   }
 
-  /** ACKs a response that the relay itself consumes. */
-  acknowledge(response: DeltaResponse): Effect[] {
-    return [{ to: "upstream", request: bare(response.typeUrl, response.nonce) }];
+  /** ACKs a response that the relay itself consumes, or refuses it. */
+  acknowledge(response: DeltaResponse, error?: RpcStatus): Effect[] {
+    const request = { ...bare(response.typeUrl, response.nonce), ...(error === undefined ? {} : { error }) };
+    return [{ to: "upstream", request }];
   }
 
   status(): TypeStatus[] {

@@ -12,6 +12,7 @@ import {
 import type { Host, Listener } from "../platform/host.ts";
 import {
   type DeltaRequest,
+  type DeltaResponse,
   readDeltaRequest,
   readDeltaResponse,
   TYPE_URL,
@@ -19,7 +20,7 @@ import {
   writeDeltaResponse,
 } from "../proto/discovery.ts";
 import { type NameInfo, readNameTable } from "../proto/istio.ts";
-import { readAny } from "../proto/wire.ts";
+import { type RpcStatus, readAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
 
 const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -155,6 +156,8 @@ export class AdsRelay {
     stream.onClose(() => {
       this.#envoys.delete(id);
       this.#carryOut(this.#cache.envoyClosed(id));
+      // The pause may have been for this one's sake, and it will never drain.
+      this.#upstream?.resume();
       this.#deps.onEvent({ kind: "envoy-gone", streams: this.#envoys.size });
     });
   }
@@ -235,6 +238,7 @@ export class AdsRelay {
   /** One stream to istiod, from its opening to its end. */
   async #attend(target: GrpcTarget, signal: AbortSignal): Promise<void> {
     const scope = new AbortController();
+    let broken: VmmeshError | undefined;
     const upstream = openStream(target, DELTA_ADS, (message) => {
       if (this.#connectedTo === undefined) {
         this.#connectedTo = `${target.address}:${target.port}`;
@@ -242,7 +246,12 @@ export class AdsRelay {
         this.#lastError = undefined;
         this.#deps.onEvent({ kind: "connected", address: this.#connectedTo });
       }
-      this.#receive(message);
+      try {
+        this.#receive(message);
+      } catch (thrown) {
+        broken = unreadable(target, thrown);
+        upstream.close();
+      }
     });
     signal.addEventListener("abort", () => upstream.close(), { once: true, signal: scope.signal });
     this.#upstream = upstream;
@@ -257,11 +266,12 @@ export class AdsRelay {
         `istiod at ${target.address}:${target.port} ended the stream`,
       );
     } catch (thrown) {
+      const cause = broken ?? thrown;
       if (this.#connectedTo !== undefined) {
         this.#reconnects += 1;
-        this.#deps.onEvent({ kind: "disconnected", address: this.#connectedTo, reason: messageOf(thrown) });
+        this.#deps.onEvent({ kind: "disconnected", address: this.#connectedTo, reason: messageOf(cause) });
       }
-      throw thrown;
+      throw cause;
     } finally {
       scope.abort();
       await watchdog;
@@ -289,13 +299,34 @@ export class AdsRelay {
   #receive(message: Uint8Array): void {
     const response = readDeltaResponse(message);
     if (response.typeUrl === TYPE_URL.nameTable) {
-      const [resource] = response.resources;
-      if (resource !== undefined) this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
-      this.#carryOut(this.#cache.acknowledge(response));
+      this.#carryOut(this.#cache.acknowledge(response, this.#takeNames(response)));
     } else if (response.typeUrl.startsWith("type.googleapis.com/envoy.")) {
       this.#carryOut(this.#cache.fromUpstream(response));
     }
   }
+
+  /** @returns why the table is refused, if it is; the one before stays in use */
+  #takeNames(response: DeltaResponse): RpcStatus | undefined {
+    const [resource] = response.resources;
+    if (resource === undefined) return undefined;
+    try {
+      this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
+      return undefined;
+    } catch (thrown) {
+      const reason = messageOf(thrown);
+      this.#deps.onEvent({ kind: "rejected", typeUrl: response.typeUrl, reason });
+      return { code: INTERNAL, message: reason };
+    }
+  }
+}
+
+/** What an unreadable message means for the stream that it came on: nothing behind it can be trusted to be in order. */
+function unreadable(target: GrpcTarget, cause: unknown): VmmeshError {
+  return new VmmeshError(
+    "ISTIOD_UNREACHABLE",
+    `istiod at ${target.address}:${target.port} sent what is no discovery response`,
+    { cause, next: "Is that address istiod's, and not that of a proxy in front of something else?" },
+  );
 }
 
 function plain(typeUrl: string): DeltaRequest {

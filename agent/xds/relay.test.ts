@@ -1,0 +1,325 @@
+import { mkdtemp, rm } from "node:fs/promises";
+import { connect } from "node:http2";
+import { createConnection } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout } from "node:timers/promises";
+import { Client, type ClientDuplexStream, credentials, status } from "@grpc/grpc-js";
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { type FakeIstiod, SERVER_NAME, startIstiod } from "../../test/fakes/istiod.ts";
+import type { GrpcTarget, ServedStream } from "../platform/grpc.ts";
+import { linuxHost } from "../platform/linux.ts";
+import {
+  type DeltaRequest,
+  type DeltaResponse,
+  readDeltaRequest,
+  readDeltaResponse,
+  TYPE_URL,
+  writeDeltaRequest,
+  writeDeltaResponse,
+} from "../proto/discovery.ts";
+import { BinaryWriter, put, writeAny } from "../proto/wire.ts";
+import { AdsRelay, type RelayEvent } from "./relay.ts";
+
+const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const NODE = Buffer.from("a node, opaque to the relay");
+
+/** Values in the order of their coming; `next` waits. */
+class Inbox<T> {
+  readonly #values: T[] = [];
+  readonly #waiting: ((value: T) => void)[] = [];
+  put(value: T): void {
+    const waiter = this.#waiting.shift();
+    if (waiter === undefined) this.#values.push(value);
+    else waiter(value);
+  }
+  next(): Promise<T> {
+    const value = this.#values.shift();
+    return value === undefined
+      ? new Promise((resolve) => this.#waiting.push(resolve))
+      : Promise.resolve(value);
+  }
+  get size(): number {
+    return this.#values.length;
+  }
+}
+
+function request(typeUrl: string, more: Partial<DeltaRequest> = {}): DeltaRequest {
+  return { typeUrl, subscribe: [], unsubscribe: [], initialVersions: new Map(), responseNonce: "", ...more };
+}
+
+function response(
+  typeUrl: string,
+  nonce: string,
+  names: readonly string[],
+  content: Uint8Array = Buffer.from("x"),
+): Uint8Array {
+  return writeDeltaResponse({
+    typeUrl,
+    nonce,
+    systemVersion: nonce,
+    removed: [],
+    resources: names.map((name) => ({ name, version: "", any: writeAny(typeUrl, content) })),
+  });
+}
+
+class FakeEnvoy {
+  readonly heard = new Inbox<DeltaResponse>();
+  readonly ended = new Inbox<{ code: number; details: string }>();
+  readonly call: ClientDuplexStream<Uint8Array, Buffer>;
+  readonly #client: Client;
+  constructor(socket: string) {
+    this.#client = new Client(`unix:${socket}`, credentials.createInsecure(), {
+      "grpc.max_receive_message_length": -1,
+      "grpc.use_local_subchannel_pool": 1,
+    });
+    this.call = this.#client.makeBidiStreamRequest(
+      ADS,
+      (it: Uint8Array) => Buffer.from(it),
+      (it: Buffer) => it,
+    );
+    this.call.on("error", () => undefined);
+    this.call.on("status", (it) => this.ended.put(it));
+    this.call.on("data", (it: Buffer) => this.heard.put(readDeltaResponse(it)));
+  }
+  send(it: DeltaRequest): void {
+    this.call.write(writeDeltaRequest(it));
+  }
+  close(): void {
+    this.call.cancel();
+    this.#client.close();
+  }
+}
+
+/** Sends one request and reads nothing. By HTTP/2 alone: grpc-js reads on whether or not anybody listens. */
+function deafEnvoy(it: DeltaRequest): { close(): void } {
+  const session = connect("http://vmmesh.local", { createConnection: () => createConnection(socket) });
+  session.on("error", () => undefined);
+  const stream = session.request({
+    ":method": "POST",
+    ":path": ADS,
+    "content-type": "application/grpc",
+    te: "trailers",
+  });
+  stream.on("error", () => undefined).pause();
+  const message = writeDeltaRequest(it);
+  const frame = Buffer.alloc(5 + message.length);
+  frame.writeUInt32BE(message.length, 1);
+  frame.set(message, 5);
+  stream.write(frame);
+  return { close: () => session.destroy() };
+}
+
+/** Pushes until nothing moves any more: the relay has stopped reading because Envoy has. */
+async function sendUntilBlocked(stream: ServedStream): Promise<void> {
+  let drained = Promise.withResolvers<boolean>();
+  stream.onDrain(() => drained.resolve(true));
+  for (let count = 0; count < 1000; count += 1) {
+    if (stream.send(response(TYPE_URL.cluster, String(count), ["a"], Buffer.alloc(256 * 1024, count))))
+      continue;
+    const moves = await Promise.race([drained.promise, setTimeout(500, false)]);
+    if (!moves) return;
+    drained = Promise.withResolvers<boolean>();
+  }
+  throw new Error("the relay takes whatever comes, though Envoy does not read");
+}
+
+let folder: string;
+let socket: string;
+let istiod: FakeIstiod;
+let streams: Inbox<ServedStream>;
+let asked: Inbox<DeltaRequest>;
+let events: Inbox<RelayEvent>;
+let relay: AdsRelay;
+let stop: AbortController;
+let running: Promise<void>;
+const envoys: FakeEnvoy[] = [];
+let names: Inbox<readonly string[]>;
+let first: readonly GrpcTarget[];
+
+function envoy(): FakeEnvoy {
+  const it = new FakeEnvoy(socket);
+  envoys.push(it);
+  return it;
+}
+
+beforeEach(async () => {
+  folder = await mkdtemp(join(tmpdir(), "vmmesh-relay-"));
+  socket = join(folder, "xds.sock");
+  [streams, asked, events, names, first] = [new Inbox(), new Inbox(), new Inbox(), new Inbox(), []];
+  istiod = await startIstiod({
+    [ADS]: (stream) => {
+      streams.put(stream);
+      stream.onMessage((message) => asked.put(readDeltaRequest(message)));
+    },
+  });
+  const host = linuxHost();
+  relay = new AdsRelay({
+    host,
+    listen: (onConnection) => host.net.listenUnix(socket, { mode: 0o600 }, onConnection),
+    upstreams: async () => [
+      ...first,
+      {
+        address: "127.0.0.1",
+        port: istiod.port,
+        serverName: SERVER_NAME,
+        rootCert: istiod.authority.rootPem,
+        metadata: { clusterid: "Kubernetes" },
+      },
+    ],
+    onNameTable: (table) => names.put([...table.keys()]),
+    onEvent: (event) => events.put(event),
+  });
+  stop = new AbortController();
+  await new Promise<void>((resolve) => {
+    running = relay.run(stop.signal, resolve);
+  });
+});
+
+afterEach(async () => {
+  for (const it of envoys.splice(0)) it.close();
+  stop.abort();
+  await running;
+  await istiod[Symbol.asyncDispose]();
+  await rm(folder, { recursive: true });
+});
+
+async function event(kind: RelayEvent["kind"]): Promise<RelayEvent> {
+  for (;;) {
+    const it = await events.next();
+    if (it.kind === kind) return it;
+  }
+}
+
+describe("towards istiod", () => {
+  test("the node goes unchanged on the first request; names and health follow the first request for listeners", async () => {
+    relay.setHealth({ healthy: false, message: "GET / answered 503" });
+    const one = envoy();
+    one.send(request(TYPE_URL.cluster, { node: NODE }));
+    expect(await asked.next()).toEqual(request(TYPE_URL.cluster, { node: NODE }));
+    one.send(request(TYPE_URL.listener));
+    expect(await asked.next()).toEqual(request(TYPE_URL.listener));
+    expect(await asked.next()).toEqual(request(TYPE_URL.nameTable));
+    const error = { code: status.INTERNAL, message: "GET / answered 503" };
+    expect(await asked.next()).toEqual(request(TYPE_URL.health, { error }));
+    relay.setHealth({ healthy: true });
+    expect(await asked.next()).toEqual(request(TYPE_URL.health));
+  });
+
+  test("a cut stream is opened again with the node, what is held, names and health; Envoy notices nothing", async () => {
+    relay.setHealth({ healthy: true });
+    const one = envoy();
+    one.send(request(TYPE_URL.listener, { node: NODE }));
+    const stream = await streams.next();
+    stream.send(response(TYPE_URL.listener, "1", ["virtualInbound"]));
+    await one.heard.next();
+    for (const typeUrl of [TYPE_URL.listener, TYPE_URL.nameTable, TYPE_URL.health])
+      expect((await asked.next()).typeUrl).toBe(typeUrl);
+    istiod.drop();
+    await streams.next();
+    expect(await asked.next()).toEqual(
+      request(TYPE_URL.listener, { node: NODE, initialVersions: new Map([["virtualInbound", ""]]) }),
+    );
+    expect((await asked.next()).typeUrl).toBe(TYPE_URL.nameTable);
+    expect(await asked.next()).toEqual(request(TYPE_URL.health));
+    expect(await event("disconnected")).toMatchObject({ address: `127.0.0.1:${istiod.port}` });
+    expect([one.ended.size, one.heard.size]).toEqual([0, 0]);
+  });
+
+  test("an upstream that does not answer is passed over for the next", async () => {
+    first = [
+      {
+        address: "127.0.0.1",
+        port: 1,
+        serverName: SERVER_NAME,
+        rootCert: istiod.authority.rootPem,
+        metadata: {},
+      },
+    ];
+    envoy().send(request(TYPE_URL.cluster, { node: NODE }));
+    const stream = await streams.next();
+    stream.send(response(TYPE_URL.cluster, "1", ["a"]));
+    expect(await event("connected")).toMatchObject({ address: `127.0.0.1:${istiod.port}` });
+  });
+});
+
+describe("what istiod sends", () => {
+  test("the name table is taken out, acknowledged and not passed on", async () => {
+    const one = envoy();
+    one.send(request(TYPE_URL.listener, { node: NODE }));
+    const stream = await streams.next();
+    const entry = new BinaryWriter();
+    put(entry, 1, "details.default.svc.cluster.local");
+    const table = new BinaryWriter();
+    put(table, 1, entry.finish());
+    stream.send(response(TYPE_URL.nameTable, "n1", ["table"], table.finish()));
+    expect(await names.next()).toEqual(["details.default.svc.cluster.local"]);
+    let ack = await asked.next();
+    while (ack.responseNonce === "") ack = await asked.next();
+    expect(ack).toEqual(request(TYPE_URL.nameTable, { responseNonce: "n1" }));
+    stream.send(response(TYPE_URL.listener, "l1", ["virtualInbound"]));
+    expect((await one.heard.next()).typeUrl).toBe(TYPE_URL.listener);
+  });
+
+  // A throw in a stream's listener would end the whole agent, DNS and certificates with it.
+  test("a name table that cannot be read is refused in words, and the stream goes on", async () => {
+    const one = envoy();
+    one.send(request(TYPE_URL.listener, { node: NODE }));
+    const stream = await streams.next();
+    stream.send(response(TYPE_URL.nameTable, "n1", ["table"], Buffer.from([0x0a, 0x7f])));
+    let nack = await asked.next();
+    while (nack.responseNonce === "") nack = await asked.next();
+    expect(nack).toMatchObject({ responseNonce: "n1", error: { code: status.INTERNAL } });
+    stream.send(response(TYPE_URL.listener, "l1", ["virtualInbound"]));
+    expect((await one.heard.next()).resources.map(({ name }) => name)).toEqual(["virtualInbound"]);
+  });
+
+  test("bytes that are no response end the stream to istiod, and it is opened again", async () => {
+    const one = envoy();
+    one.send(request(TYPE_URL.cluster, { node: NODE }));
+    (await streams.next()).send(Buffer.from([0x12, 0x7f, 0x01]));
+    (await streams.next()).send(response(TYPE_URL.cluster, "1", ["a"]));
+    expect((await one.heard.next()).resources.map(({ name }) => name)).toEqual(["a"]);
+  });
+
+  test("types that are not Envoy's are left out", async () => {
+    const one = envoy();
+    one.send(request(TYPE_URL.cluster, { node: NODE }));
+    const stream = await streams.next();
+    stream.send(response("type.googleapis.com/istio.workload.Workload", "1", ["w"]));
+    stream.send(response(TYPE_URL.cluster, "2", ["a"]));
+    expect((await one.heard.next()).typeUrl).toBe(TYPE_URL.cluster);
+  });
+});
+
+describe("towards Envoy", () => {
+  test("a request that cannot be read ends that stream and no other", async () => {
+    const [bad, good] = [envoy(), envoy()];
+    bad.call.write(Buffer.from([0x0a, 0x7f]));
+    expect((await bad.ended.next()).details).toContain("not a delta discovery request");
+    good.send(request(TYPE_URL.cluster, { node: NODE }));
+    (await streams.next()).send(response(TYPE_URL.cluster, "1", ["a"]));
+    expect((await good.heard.next()).resources).toHaveLength(1);
+  });
+
+  test("an Envoy that stopped reading and then died does not hold up the next one", async () => {
+    const slow = deafEnvoy(request(TYPE_URL.cluster, { node: NODE }));
+    const stream = await streams.next();
+    await sendUntilBlocked(stream);
+    slow.close();
+    await event("envoy-gone");
+    const next = envoy();
+    next.send(request(TYPE_URL.listener, { node: NODE }));
+    stream.send(response(TYPE_URL.listener, "l1", ["virtualInbound"]));
+    expect((await next.heard.next()).typeUrl).toBe(TYPE_URL.listener);
+  });
+
+  test("a socket that speaks something else is closed without harm", async () => {
+    const raw = createConnection(socket);
+    raw.on("error", () => undefined).resume();
+    raw.write("GET / HTTP/1.1\r\n\r\n");
+    await new Promise((resolve) => raw.once("close", resolve));
+    envoy().send(request(TYPE_URL.cluster, { node: NODE }));
+    expect((await asked.next()).typeUrl).toBe(TYPE_URL.cluster);
+  });
+});
