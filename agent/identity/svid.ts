@@ -1,4 +1,4 @@
-import { X509Certificate } from "node:crypto";
+import { createPrivateKey, X509Certificate } from "node:crypto";
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Owner } from "../platform/host.ts";
 
@@ -50,6 +50,7 @@ export function svidFrom(key: string, answer: readonly string[], expectedSpiffe:
   }
   const [leaf] = certificates;
   if (leaf === undefined) throw fail("it holds no certificate");
+  if (!leaf.checkPrivateKey(createPrivateKey(key))) throw fail("the certificate is of another key than ours");
   if (!leadsToRoot(certificates, anchors))
     throw fail("the certificate does not lead to the roots that came with it");
   const spiffe = spiffeOf(leaf);
