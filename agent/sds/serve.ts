@@ -1,4 +1,5 @@
 import type { Duplex } from "node:stream";
+import { messageOf } from "../core/errors.ts";
 import type { Latest } from "../core/signals.ts";
 import { aborted } from "../core/signals.ts";
 import type { Svid } from "../identity/svid.ts";
@@ -54,6 +55,16 @@ function scopeOf(stream: ServedStream, signal: AbortSignal): AbortSignal {
   return AbortSignal.any([signal, gone.signal]);
 }
 
+/** Bytes that are no request end the stream that they came on; thrown from a listener they would end the agent. */
+function readable<T>(stream: ServedStream, read: () => T): T | undefined {
+  try {
+    return read();
+  } catch (thrown) {
+    stream.fail(`not a discovery request: ${messageOf(thrown)}`);
+    return undefined;
+  }
+}
+
 function serveSotw(deps: SdsDeps, svids: Latest<Svid>, stream: ServedStream, signal: AbortSignal): void {
   let names: string[] = [];
   let nonce = 0;
@@ -66,7 +77,8 @@ function serveSotw(deps: SdsDeps, svids: Latest<Svid>, stream: ServedStream, sig
     );
   };
   stream.onMessage((message) => {
-    const request = readSotwRequest(message);
+    const request = readable(stream, () => readSotwRequest(message));
+    if (request === undefined) return;
     if (request.error !== undefined) deps.onRejected(names.join(", "), request.error.message);
     const wanted = known(request.names);
     const changed = wanted.join() !== names.join();
@@ -95,7 +107,8 @@ function serveDelta(deps: SdsDeps, svids: Latest<Svid>, stream: ServedStream, si
     );
   };
   stream.onMessage((message) => {
-    const request = readDeltaRequest(message);
+    const request = readable(stream, () => readDeltaRequest(message));
+    if (request === undefined) return;
     if (request.error !== undefined) deps.onRejected([...names].join(", "), request.error.message);
     const fresh = known(request.subscribe);
     for (const name of fresh) names.add(name);
