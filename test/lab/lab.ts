@@ -1,0 +1,241 @@
+import { createSign } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { build, envoyVersion, isBuilt } from "./build.ts";
+import {
+  inNetns,
+  istiodEnvOf,
+  kubectl,
+  netnsOf,
+  startIstiod,
+  stopIstiod,
+  type User,
+  up,
+} from "./controlplane.ts";
+import { bootMachine, Machine, type MachineOptions, removeMachine } from "./machine.ts";
+import { ADDRESS, ISTIO_BIN, KUBERNETES } from "./parts.ts";
+import { type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
+import { changeState, folderOf, isRunning, readState, removeState, start, stop } from "./state.ts";
+
+export { Machine, say, sleep, waitFor };
+
+export interface Versions {
+  readonly istiod: string;
+  readonly envoy: string;
+  readonly kubernetes: string;
+}
+
+/** A real mesh on this machine, as tests use it: `await Lab.open()`. */
+export class Lab {
+  readonly id: string;
+  /** Where the control plane answers, as machines see it. */
+  readonly address = ADDRESS.controlPlane;
+
+  private constructor(id: string) {
+    this.id = id;
+  }
+
+  /** Brings up what is not up. @throws {Error} if not root, or not built */
+  static async open(options: { id?: string; istiodDefaults?: boolean } = {}): Promise<Lab> {
+    if (process.getuid?.() !== 0)
+      throw new Error("the lab needs root: it makes network namespaces and boots machines");
+    if (!isBuilt()) await build();
+    const id = options.id ?? process.env["VMMESH_LAB_ID"] ?? "default";
+    await up(id, options);
+    return new Lab(id);
+  }
+
+  /** Looks at a lab without bringing anything up. */
+  static attach(id: string): Lab {
+    return new Lab(id);
+  }
+
+  kubectl(args: readonly string[], options: { input?: string; allowFail?: boolean } = {}): Promise<Output> {
+    return kubectl(this.id, args, options.input, options.allowFail);
+  }
+
+  async apply(yaml: string): Promise<void> {
+    await this.kubectl(["apply", "-f", "-"], { input: yaml });
+  }
+
+  istioctl(args: readonly string[], options: ShOptions = {}): Promise<Output> {
+    return sh(
+      inNetns(this.id, [`${ISTIO_BIN}/istioctl`, "--kubeconfig", this.kubeconfig("admin"), ...args]),
+      options,
+    );
+  }
+
+  /** Path of a kubeconfig on this machine; the CA in it is a path too. */
+  kubeconfig(user: User): string {
+    return `${folderOf(this.id)}/kubeconfig-${user}`;
+  }
+
+  /** The same with the CA inside, to be put on a machine. */
+  kubeconfigText(user: User): string {
+    const config = JSON.parse(readFileSync(this.kubeconfig(user), "utf8")) as {
+      clusters: { cluster: Record<string, string> }[];
+    };
+    const cluster = config.clusters[0]?.cluster ?? {};
+    cluster["certificate-authority-data"] = readFileSync(cluster["certificate-authority"] ?? "").toString(
+      "base64",
+    );
+    delete cluster["certificate-authority"];
+    return JSON.stringify(config, null, 1);
+  }
+
+  vm(name: string, options: MachineOptions = {}): Promise<Machine> {
+    return bootMachine(this.id, name, options);
+  }
+
+  /** A machine that runs already. */
+  machine(name: string): Machine {
+    const known = readState(this.id).machines[name];
+    if (known === undefined) throw new Error(`there is no machine ${name}: scripts/lab vm ${name}`);
+    return new Machine(this.id, name, known.number);
+  }
+
+  removeVm(name: string): Promise<void> {
+    return removeMachine(this.id, name);
+  }
+
+  /** Runs a program where the control plane lives: an observer outside the machines. */
+  exec(argv: readonly string[], options: ShOptions = {}): Promise<Output> {
+    return sh(inNetns(this.id, argv), options);
+  }
+
+  /** Starts a program there that goes on until `stop`. */
+  spawn(name: string, argv: readonly string[]): { stop(): Promise<void>; log(): string } {
+    start(this.id, name, inNetns(this.id, argv));
+    return {
+      stop: () => stop(this.id, name),
+      log: () => readFileSync(`${folderOf(this.id)}/${name}.log`, "utf8"),
+    };
+  }
+
+  stopIstiod(): Promise<void> {
+    return stopIstiod(this.id);
+  }
+
+  startIstiod(env: Readonly<Record<string, string>> = istiodEnvOf(this.id)): Promise<void> {
+    return startIstiod(this.id, env);
+  }
+
+  async restartIstiod(env?: Readonly<Record<string, string>>): Promise<void> {
+    await this.stopIstiod();
+    await this.startIstiod(env);
+  }
+
+  /** A real Prometheus that scrapes `targets` (HOST:PORT) every second at /stats/prometheus. */
+  async prometheus(
+    targets: readonly string[],
+  ): Promise<{ query(promql: string): Promise<number | undefined>; stop(): Promise<void> }> {
+    const at = `${folderOf(this.id)}/prometheus`;
+    mkdirSync(at, { recursive: true });
+    const job = { job_name: "vms", metrics_path: "/stats/prometheus", static_configs: [{ targets }] };
+    writeFileSync(
+      `${at}/prometheus.yml`,
+      JSON.stringify({ global: { scrape_interval: "1s", scrape_timeout: "1s" }, scrape_configs: [job] }),
+    );
+    await stop(this.id, "prometheus");
+    start(
+      this.id,
+      "prometheus",
+      inNetns(this.id, [
+        "prometheus",
+        `--config.file=${at}/prometheus.yml`,
+        `--storage.tsdb.path=${at}/data`,
+        "--web.listen-address=127.0.0.1:9099",
+      ]),
+    );
+    const ask = (path: string) =>
+      this.exec(["curl", "-sf", "-m", "5", `http://127.0.0.1:9099${path}`], { allowFail: true });
+    await waitFor("Prometheus", async () => ((await ask("/-/ready")).code === 0 ? true : undefined), 30_000);
+    return {
+      query: async (promql) => {
+        const { stdout } = await ask(`/api/v1/query?query=${encodeURIComponent(promql)}`);
+        const answer = JSON.parse(stdout || "{}") as { data?: { result?: { value?: [number, string] }[] } };
+        const value = answer.data?.result?.[0]?.value?.[1];
+        return value === undefined ? undefined : Number(value);
+      },
+      stop: () => stop(this.id, "prometheus"),
+    };
+  }
+
+  /** What runs, asked of the parts themselves: a test that prints it cannot have run with stand-ins. */
+  async versions(): Promise<Versions> {
+    const { stdout } = await this.exec(["curl", "-s", "http://127.0.0.1:15014/version"]);
+    const info = await sh(["readlink", "-f", `/proc/${this.#pidOf("istiod")}/exe`]);
+    const machine = Object.keys(readState(this.id).machines)[0];
+    const envoy =
+      machine === undefined
+        ? "no machine"
+        : await envoyVersion(`${this.machine(machine).root}/usr/local/bin/envoy`);
+    return { istiod: `${stdout.trim()} (${info.stdout.trim()})`, envoy, kubernetes: KUBERNETES };
+  }
+
+  #pidOf(name: string): number {
+    // `ip netns exec` replaces itself with the program.
+    return readState(this.id).processes.find((it) => it.name === name)?.pid ?? 0;
+  }
+
+  /** A service account token of the lab's own signing; TokenRequest grants none that has ended. */
+  signToken(claims: {
+    namespace: string;
+    serviceAccount: string;
+    audience?: string;
+    expiresInSec: number;
+  }): string {
+    const now = Math.floor(Date.now() / 1000);
+    const payload = {
+      iss: "https://kubernetes.default.svc",
+      sub: `system:serviceaccount:${claims.namespace}:${claims.serviceAccount}`,
+      aud: [claims.audience ?? "istio-ca"],
+      iat: Math.min(now, now + claims.expiresInSec) - 600,
+      nbf: Math.min(now, now + claims.expiresInSec) - 600,
+      exp: now + claims.expiresInSec,
+      "kubernetes.io": {
+        namespace: claims.namespace,
+        serviceaccount: { name: claims.serviceAccount, uid: "lab" },
+      },
+    };
+    const part = (value: object): string => Buffer.from(JSON.stringify(value)).toString("base64url");
+    const text = `${part({ alg: "RS256", kid: "lab" })}.${part(payload)}`;
+    return `${text}.${createSign("RSA-SHA256")
+      .update(text)
+      .sign(readFileSync(`${folderOf(this.id)}/sa.key`))
+      .toString("base64url")}`;
+  }
+
+  status(): string {
+    const { processes, machines } = readState(this.id);
+    const rows = processes.map(
+      ({ name, pid }) => `${name.padEnd(22)} ${isRunning(this.id, name) ? `running, pid ${pid}` : "dead"}`,
+    );
+    const vms = Object.entries(machines).map(
+      ([name, { number, envoy }]) =>
+        `machine ${name.padEnd(14)} ${ADDRESS.machine(number)}  ${ADDRESS.machine6(number)}  Envoy ${envoy}`,
+    );
+    return [
+      `lab ${this.id}: ${processes.length === 0 ? "down" : `namespace ${netnsOf(this.id)}`}`,
+      ...rows,
+      ...vms,
+    ].join("\n");
+  }
+
+  /** Ends every process that the lab started and removes all that it made. */
+  async down(): Promise<void> {
+    for (const name of Object.keys(readState(this.id).machines)) await removeMachine(this.id, name);
+    // The other way round than they were started.
+    for (const { name } of [...readState(this.id).processes].reverse()) await stop(this.id, name);
+    if (existsSync(`/run/netns/${netnsOf(this.id)}`))
+      await sh(["ip", "netns", "delete", netnsOf(this.id)], { allowFail: true });
+    removeState(this.id);
+  }
+
+  /** Keeps an answer of the caller's in the lab's state folder, e.g. bundles. */
+  folder(name: string): string {
+    const path = `${folderOf(this.id)}/${name}`;
+    mkdirSync(path, { recursive: true });
+    changeState(this.id, (state) => state);
+    return path;
+  }
+}

@@ -1,0 +1,243 @@
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { envoy } from "./build.ts";
+import { netnsOf } from "./controlplane.ts";
+import { ADDRESS, BASE, ENVOY, ISTIO_BIN, KUBE_BIN } from "./parts.ts";
+import { type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
+import {
+  changeState,
+  folderOf,
+  isRunning,
+  lives,
+  type MachineState,
+  readState,
+  start,
+  stop,
+} from "./state.ts";
+
+export interface MachineOptions {
+  /** A deb to install. */
+  readonly deb?: string;
+  /** Version of the stock Envoy at /usr/local/bin/envoy; "none" leaves it out. */
+  readonly envoy?: string;
+}
+
+/** A real systemd machine: an overlay over the Debian tree, PID 1 by systemd-nspawn, a leg in the lab's bridge. */
+export class Machine {
+  readonly id: string;
+  readonly name: string;
+  readonly number: number;
+
+  constructor(id: string, name: string, number: number) {
+    this.id = id;
+    this.name = name;
+    this.number = number;
+  }
+
+  get ip(): string {
+    return ADDRESS.machine(this.number);
+  }
+
+  get ip6(): string {
+    return ADDRESS.machine6(this.number);
+  }
+
+  get root(): string {
+    return `${folderOf(this.id)}/machine-${this.name}/root`;
+  }
+
+  /** PID of the machine's systemd as this machine sees it. @throws {Error} while it does not run */
+  get pid(): number {
+    const pid = initOf(this.id, this.name);
+    if (pid === undefined) throw new Error(`machine ${this.name} does not run`);
+    return pid;
+  }
+
+  /** Runs argv, or a line for /bin/sh, in the machine as root. */
+  exec(command: string | readonly string[], options: ShOptions = {}): Promise<Output> {
+    const argv = typeof command === "string" ? ["/bin/sh", "-c", command] : command;
+    return sh(
+      [
+        "nsenter",
+        "-t",
+        String(this.pid),
+        "-a",
+        "/usr/bin/env",
+        "-i",
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME=/root",
+        "LC_ALL=C.UTF-8",
+        ...argv,
+      ],
+      { timeoutMs: 120_000, ...options },
+    );
+  }
+
+  putFile(path: string, data: string | Uint8Array, mode = 0o644): void {
+    const target = `${this.root}${path}`;
+    mkdirSync(target.slice(0, target.lastIndexOf("/")), { recursive: true });
+    writeFileSync(target, data, { mode });
+  }
+
+  getFile(path: string): string {
+    return readFileSync(`${this.root}${path}`, "utf8");
+  }
+
+  /** Resolves when the machine is up again: another PID 1, its network back. */
+  async reboot(): Promise<void> {
+    const before = this.pid;
+    await this.exec("systemctl reboot", { allowFail: true });
+    await waitFor(
+      `${this.name} to go down`,
+      async () => (initOf(this.id, this.name) === before ? undefined : true),
+      60_000,
+      50,
+    );
+    await this.#ready();
+  }
+
+  async waitUntilUp(): Promise<void> {
+    await this.#ready();
+  }
+
+  async #ready(): Promise<void> {
+    await waitFor(
+      `${this.name} to come up`,
+      async () => {
+        const state = (await this.exec("systemctl is-system-running", { allowFail: true })).stdout.trim();
+        const address = (await this.exec("ip -br address show eth0", { allowFail: true })).stdout;
+        return (state === "running" || state === "degraded") && address.includes(this.ip) ? true : undefined;
+      },
+      60_000,
+      100,
+    );
+  }
+}
+
+const folder = (id: string, name: string): string => `${folderOf(id)}/machine-${name}`;
+
+/** The machine's PID 1: the child of the nspawn process that the supervisor has started. */
+export function initOf(id: string, name: string): number | undefined {
+  const root = `${folder(id, name)}/root`;
+  for (const pid of readdirSync("/proc").filter((it) => /^\d+$/.test(it))) {
+    try {
+      const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0");
+      if (!argv[0]?.endsWith("systemd-nspawn") || !argv.includes(root)) continue;
+      for (const child of childrenOf(Number(pid))) {
+        const name0 = readFileSync(`/proc/${child}/cmdline`, "utf8").split("\0")[0] ?? "";
+        if (name0.endsWith("/systemd") || name0 === "/sbin/init") return child;
+      }
+    } catch {
+      // It ended while we looked.
+    }
+  }
+  return undefined;
+}
+
+function childrenOf(pid: number): number[] {
+  return readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8")
+    .trim()
+    .split(" ")
+    .filter(Boolean)
+    .map(Number);
+}
+
+/** Boots a machine of this name, or finds the one that runs. */
+export async function bootMachine(id: string, name: string, options: MachineOptions = {}): Promise<Machine> {
+  const known = readState(id).machines[name];
+  const number = known?.number ?? freeNumber(readState(id).machines);
+  const machine = new Machine(id, name, number);
+  if (known !== undefined && isRunning(id, `machine-${name}`)) {
+    await machine.waitUntilUp();
+  } else {
+    await removeMachine(id, name);
+    const version = options.envoy ?? ENVOY;
+    changeState(id, (state) => ({
+      ...state,
+      machines: { ...state.machines, [name]: { number, envoy: version } },
+    }));
+    await prepareTree(machine, version);
+    start(id, `machine-${name}`, [
+      process.execPath,
+      new URL("./supervisor.ts", import.meta.url).pathname,
+      id,
+      name,
+      String(number),
+    ]);
+    await machine.waitUntilUp();
+    say(`machine ${name} is up at ${machine.ip}`);
+  }
+  if (options.deb !== undefined) {
+    copyFileSync(options.deb, `${machine.root}/root/vmmesh.deb`);
+    await machine.exec("dpkg -i /root/vmmesh.deb");
+  }
+  return machine;
+}
+
+function freeNumber(machines: Readonly<Record<string, MachineState>>): number {
+  const used = Object.values(machines).map(({ number }) => number);
+  for (let number = 1; ; number += 1) if (!used.includes(number)) return number;
+}
+
+async function prepareTree(machine: Machine, version: string): Promise<void> {
+  const at = folder(machine.id, machine.name);
+  for (const part of ["upper", "work", "root"]) mkdirSync(`${at}/${part}`, { recursive: true });
+  await sh([
+    "mount",
+    "-t",
+    "overlay",
+    "overlay",
+    "-o",
+    `lowerdir=${BASE},upperdir=${at}/upper,workdir=${at}/work`,
+    machine.root,
+  ]);
+  machine.putFile("/etc/hostname", `${machine.name}\n`);
+  machine.putFile("/etc/hosts", `127.0.0.1 localhost\n::1 localhost\n127.0.1.1 ${machine.name}\n`);
+  machine.putFile("/etc/resolv.conf", `nameserver ${ADDRESS.controlPlane}\n`);
+  if (version !== "none") copyFileSync(await envoy(version), `${machine.root}/usr/local/bin/envoy`);
+  copyFileSync(`${KUBE_BIN}/kube-proxy`, `${machine.root}/usr/local/bin/kube-proxy`);
+  copyFileSync(`${ISTIO_BIN}/pilot-agent`, `${machine.root}/usr/local/bin/pilot-agent`);
+}
+
+/** One leg of the machine in the lab's bridge; called at each boot. */
+export async function connect(id: string, number: number, pid: number): Promise<void> {
+  const leg = `m${number}-${process.pid % 10_000}`;
+  await sh(["ip", "-n", netnsOf(id), "link", "delete", `m${number}`], { allowFail: true });
+  await sh(["ip", "-n", netnsOf(id), "link", "add", `m${number}`, "type", "veth", "peer", "name", leg]);
+  await sh(["ip", "-n", netnsOf(id), "link", "set", leg, "netns", String(pid), "name", "eth0"]);
+  await sh(["ip", "-n", netnsOf(id), "link", "set", `m${number}`, "master", "br0", "up"]);
+  const inside = (...argv: string[]) => sh(["nsenter", "-t", String(pid), "-n", "ip", ...argv]);
+  await inside("link", "set", "lo", "up");
+  await inside("link", "set", "eth0", "up");
+  await inside("address", "add", `${ADDRESS.machine(number)}/24`, "dev", "eth0");
+  await inside("-6", "address", "add", `${ADDRESS.machine6(number)}/64`, "dev", "eth0", "nodad");
+  await inside("route", "add", "default", "via", ADDRESS.controlPlane);
+  await inside("-6", "route", "add", "default", "via", ADDRESS.controlPlane6);
+}
+
+/** Ends a machine and removes its tree. */
+export async function removeMachine(id: string, name: string): Promise<void> {
+  const at = folder(id, name);
+  const supervisor = readState(id).processes.find((it) => it.name === `machine-${name}`);
+  if (supervisor !== undefined && lives(supervisor)) await stop(id, `machine-${name}`, 10_000);
+  const init = initOf(id, name);
+  if (init !== undefined) process.kill(init, "SIGKILL");
+  for (let tries = 0; initOf(id, name) !== undefined && tries < 100; tries += 1) await sleep(50);
+  for (let tries = 0; existsSync(at) && tries < 20; tries += 1) {
+    const mounted = readFileSync("/proc/self/mounts", "utf8").includes(` ${at}/root `);
+    if (!mounted) break;
+    if ((await sh(["umount", `${at}/root`], { allowFail: true })).code !== 0) await sleep(100);
+  }
+  rmSync(at, { recursive: true, force: true });
+  changeState(id, (state) => {
+    const { [name]: _gone, ...machines } = state.machines;
+    return { ...state, machines };
+  });
+}

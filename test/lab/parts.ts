@@ -1,0 +1,21 @@
+/** Versions that were seen to work together, and where what is built from them lies. */
+export const ISTIO = "v0.0.0-20260827124520-eed52ebb66ad";
+export const ISTIO_API = "v1.31.0-rc.0.0.20260824154656-b943409680a7";
+export const KUBERNETES = "v1.37.2";
+export const ENVOY = "1.40.0";
+
+export const CACHE = process.env["VMMESH_LAB_CACHE"] ?? "/var/cache/vmmesh-lab";
+export const ISTIO_BIN = `${CACHE}/istio-${ISTIO}`;
+export const KUBE_BIN = `${CACHE}/kubernetes-${KUBERNETES}`;
+export const CRDS = `${CACHE}/crds-${ISTIO_API}.yaml`;
+/** Changes with the list of packages in `build.ts`. */
+export const BASE = `${CACHE}/machine-bookworm-2`;
+
+/** Addresses inside the lab's own namespaces; nothing of them leaves the machine. */
+export const ADDRESS = {
+  controlPlane: "10.99.0.2",
+  controlPlane6: "fd00:99::2",
+  machine: (number: number): string => `10.99.0.${10 + number}`,
+  machine6: (number: number): string => `fd00:99::${10 + number}`,
+} as const;
+export const SERVICE_RANGE = "10.96.0.0/16";

@@ -1,0 +1,80 @@
+import { execa } from "execa";
+
+export interface Output {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+export interface ShOptions {
+  readonly input?: string;
+  readonly timeoutMs?: number;
+  readonly env?: Readonly<Record<string, string>>;
+  readonly cwd?: string;
+  /** Resolve for every exit status instead of throwing. */
+  readonly allowFail?: boolean;
+  /** Show the output as it comes. */
+  readonly show?: boolean;
+}
+
+/** Runs a program without a shell. @throws {Error} with its last words, unless `allowFail` */
+export async function sh(argv: readonly string[], options: ShOptions = {}): Promise<Output> {
+  const [program = "", ...args] = argv;
+  const result = await execa(program, args, {
+    reject: false,
+    timeout: options.timeoutMs ?? 600_000,
+    ...(options.input === undefined ? { stdin: "ignore" as const } : { input: options.input }),
+    ...(options.env === undefined ? {} : { env: options.env }),
+    ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
+    ...(options.show === true
+      ? { stdout: ["pipe" as const, "inherit" as const], stderr: ["pipe" as const, "inherit" as const] }
+      : {}),
+  });
+  const output: Output = {
+    code: result.exitCode ?? 255,
+    stdout: String(result.stdout ?? ""),
+    stderr: String(result.stderr ?? ""),
+  };
+  if (output.code === 0 || options.allowFail === true) return output;
+  const words = `${output.stderr}\n${output.stdout}`.trim().split("\n").slice(-8).join("\n");
+  throw new Error(
+    `${argv.join(" ").slice(0, 300)} ended with ${result.timedOut ? "a time-out" : output.code}:\n${words}`,
+  );
+}
+
+const started = performance.now();
+
+/** Progress with elapsed seconds, on stderr. */
+export function say(line: string): void {
+  process.stderr.write(`[${((performance.now() - started) / 1000).toFixed(1).padStart(6)} s] ${line}\n`);
+}
+
+export function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+/** Asks until the answer is not undefined. @throws {Error} naming what did not come, with the last failure */
+export async function waitFor<T>(
+  what: string,
+  ask: () => Promise<T | undefined>,
+  timeoutMs = 30_000,
+  everyMs = 200,
+): Promise<T> {
+  const deadline = performance.now() + timeoutMs;
+  let last: unknown;
+  for (;;) {
+    try {
+      const answer = await ask();
+      if (answer !== undefined) return answer;
+    } catch (thrown) {
+      last = thrown;
+    }
+    if (performance.now() > deadline) {
+      throw new Error(
+        `${what}: not within ${timeoutMs / 1000} s`,
+        last === undefined ? undefined : { cause: last },
+      );
+    }
+    await sleep(everyMs);
+  }
+}

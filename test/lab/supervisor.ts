@@ -1,0 +1,51 @@
+import { spawn } from "node:child_process";
+import { connect, initOf } from "./machine.ts";
+import { sleep } from "./sh.ts";
+import { folderOf } from "./state.ts";
+
+/** nspawn's exit status when the machine asked for a reboot. */
+const REBOOT = 133;
+
+/** Keeps one machine: boots it, gives it its network, boots it again after a reboot. `supervisor.ts ID NAME NUMBER`. */
+const [id = "", name = "", number = ""] = process.argv.slice(2);
+const root = `${folderOf(id)}/machine-${name}/root`;
+let ending = false;
+
+for (;;) {
+  const child = spawn(
+    "systemd-nspawn",
+    [
+      "-D",
+      root,
+      "--register=no",
+      "--keep-unit",
+      "--private-network",
+      "--console=pipe",
+      "--link-journal=no",
+      "--resolv-conf=off",
+      "--timezone=off",
+      "-M",
+      `${id}-${name}`,
+      "-b",
+    ],
+    {
+      stdio: ["ignore", "inherit", "inherit"],
+      env: { ...process.env, SYSTEMD_NSPAWN_UNIFIED_HIERARCHY: "1" },
+    },
+  );
+  process.removeAllListeners("SIGTERM");
+  process.on("SIGTERM", () => {
+    ending = true;
+    // SIGRTMIN+4 asks systemd to power off (systemd(1)); nspawn passes a SIGTERM on as just that.
+    child.kill("SIGTERM");
+    setTimeout(() => child.kill("SIGKILL"), 8000).unref();
+  });
+  const ended = new Promise<number>((resolve) => child.on("exit", (code) => resolve(code ?? 255)));
+  let init: number | undefined;
+  while (init === undefined && child.exitCode === null) {
+    init = initOf(id, name);
+    if (init === undefined) await sleep(20);
+  }
+  if (init !== undefined) await connect(id, Number(number), init);
+  if ((await ended) !== REBOOT || ending) break;
+}
