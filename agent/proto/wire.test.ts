@@ -39,7 +39,7 @@ const response: fc.Arbitrary<DeltaResponse> = fc.record({
   systemVersion: text,
   typeUrl: text,
   nonce: text,
-  resources: fc.array(fc.record({ name: text, version: text, any: bytes })),
+  resources: fc.array(fc.record({ name, version: text, any: bytes })),
   removed: fc.array(name),
 });
 
