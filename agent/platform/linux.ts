@@ -115,6 +115,8 @@ const files: Files = {
   },
   readLink: (path) => ifPresent(fs.readlink(path)),
   async makeDir(path, { mode, owner }) {
+    // mkdir(2) would give missing parents this mode too, and a parent that is root's alone keeps the owner out.
+    await fs.mkdir(dirname(path), { recursive: true, mode: 0o755 });
     await fs.mkdir(path, { recursive: true, mode });
     if (owner !== undefined) await fs.chown(path, owner.uid, owner.gid);
     await fs.chmod(path, mode);
