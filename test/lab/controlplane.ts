@@ -274,6 +274,11 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: istio-system}
 ---
+# istioctl asks istiod's debug xDS as this account.
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: default, namespace: istio-system}
+---
 apiVersion: v1
 kind: ConfigMap
 metadata: {name: istio, namespace: istio-system}
