@@ -144,11 +144,15 @@ async function connectivityChecks(host: Host, paths: Paths): Promise<Check[]> {
 async function answersDns(host: Host, server: string, signal: AbortSignal): Promise<boolean> {
   const query = Buffer.from([0x5e, 0x1f, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1]);
   const socket = await host.net.bindUdp(server.includes(":") ? "::" : "0.0.0.0", 0);
+  const scope = new AbortController();
   try {
     const answered = new Promise<true>((resolve) => socket.onMessage(() => resolve(true)));
+    const late = host.clock.sleep(CHECK_TIMEOUT_MS, AbortSignal.any([signal, scope.signal]));
     socket.send(query, 53, server);
-    return await Promise.race([answered, host.clock.sleep(CHECK_TIMEOUT_MS, signal).then(() => false)]);
+    return await Promise.race([answered, late.then(() => false)]);
   } finally {
+    // A timer that runs on would keep `vmmesh join` from ending.
+    scope.abort();
     socket.close();
   }
 }
