@@ -334,15 +334,20 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
             scope,
           ),
       },
-      {
-        name: "dns-lease",
-        onFailure: "restart",
-        run: (scope) =>
+      ...["127.0.0.1", ...(ipv6 ? ["::1"] : [])].map((address) => ({
+        name: `dns-lease ${address}`,
+        onFailure: "restart" as const,
+        run: (scope: AbortSignal) =>
           leaseBeat(
-            { host, port: PORTS.dns, onBeat: (answered) => void (answered || metrics.dnsLeaseMisses.inc()) },
+            {
+              host,
+              port: PORTS.dns,
+              address,
+              onBeat: (answered) => void (answered || metrics.dnsLeaseMisses.inc()),
+            },
             scope,
           ),
-      },
+      })),
       {
         name: "envoy-watch",
         onFailure: "restart",

@@ -308,6 +308,7 @@ describe("serveDns", () => {
         {
           host: { net: machine.net, clock },
           port: dns.port,
+          address: "127.0.0.1",
           onBeat: (ok) => {
             seen.push(ok);
             if (seen.length === 3) {

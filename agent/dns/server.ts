@@ -193,8 +193,10 @@ function serveConnection(
 
 export interface BeatDeps {
   readonly host: Pick<Host, "net" | "clock">;
-  /** The port that is served; asked on 127.0.0.1. */
+  /** The port that is served. */
   readonly port: number;
+  /** 127.0.0.1 or ::1: each family has a lease of its own. */
+  readonly address: string;
   /** Told once a second whether the last question was answered. */
   readonly onBeat?: (answered: boolean) => void;
 }
@@ -204,7 +206,7 @@ export interface BeatDeps {
  * keeps DNS capture alive for some more seconds; a dead or stuck agent gives the machine its own DNS back.
  */
 export async function leaseBeat(deps: BeatDeps, signal: AbortSignal): Promise<void> {
-  const socket = await deps.host.net.bindUdp("127.0.0.1", 0);
+  const socket = await deps.host.net.bindUdp(deps.address, 0);
   try {
     let id = 0;
     let answeredId = 0;
@@ -213,7 +215,7 @@ export async function leaseBeat(deps: BeatDeps, signal: AbortSignal): Promise<vo
     });
     while (!signal.aborted) {
       id = (id % 0xffff) + 1;
-      socket.send(writeQuery(id, LEASE_NAME, TYPE.A), deps.port, "127.0.0.1");
+      socket.send(writeQuery(id, LEASE_NAME, TYPE.A), deps.port, deps.address);
       await deps.host.clock.sleep(BEAT_MS, signal).catch(() => undefined);
       if (!signal.aborted) deps.onBeat?.(answeredId === id);
     }

@@ -105,8 +105,8 @@ const files: Files = {
       await fs.rm(temporary, { force: true });
       throw thrown;
     }
-    const folder = await fs.open(dirname(path), "r");
-    await folder.sync().finally(() => folder.close());
+    await using folder = await fs.open(dirname(path), "r");
+    await folder.sync();
   },
   async swapLink(path, target) {
     const temporary = join(dirname(path), `.${basename(path)}.${randomBytes(6).toString("hex")}`);
