@@ -195,6 +195,10 @@ export class DeltaCache {
       }));
   }
 
+  has(typeUrl: string, name: string): boolean {
+    return this.#types.get(typeUrl)?.resources.has(name) ?? false;
+  }
+
   /** Does any cached resource of the type hold these bytes? */
   holds(typeUrl: string, needle: Uint8Array): boolean {
     return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) =>

@@ -167,6 +167,7 @@ beforeEach(async () => {
         metadata: { clusterid: "Kubernetes" },
       },
     ],
+    inboundPorts: [],
     onNameTable: (table) => names.put([...table.keys()]),
     onEvent: (event) => events.put(event),
   });

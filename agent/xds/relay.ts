@@ -28,6 +28,14 @@ const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaA
 /** How long istiod's stream stays when the last Envoy has gone: a restart of Envoy must not deregister the machine. */
 const LINGER_MS = 30 * SECOND_MS;
 
+/**
+ * How long after the first listeners istiod may take to send the clusters of a machine that it has just registered.
+ * Seen with istiod 1.31 in 16 of 40 first connections: the inbound listener comes, its cluster `inbound|PORT||` never
+ * does, and peers get 503; a second stream heals it every time.
+ */
+const INBOUND_GRACE_MS = 1.5 * SECOND_MS;
+const MAX_REOPENED = 3;
+
 /** gRPC INTERNAL: what Istio's agent puts into an unhealthy report. */
 const INTERNAL = 13;
 
@@ -38,6 +46,7 @@ export type RelayEvent =
   | { readonly kind: "disconnected"; readonly address: string; readonly reason: string }
   | { readonly kind: "unreachable"; readonly error: VmmeshError; readonly retryInMs: number }
   | { readonly kind: "rejected"; readonly typeUrl: string; readonly reason: string }
+  | { readonly kind: "reopened"; readonly missing: readonly string[] }
   | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
 
 export interface RelayDeps {
@@ -48,6 +57,8 @@ export interface RelayDeps {
   upstreams(): Promise<readonly GrpcTarget[]>;
   /** Ask istiod for the mesh's names; each new table is handed over. */
   readonly onNameTable?: (table: ReadonlyMap<string, NameInfo>) => void;
+  /** Ports that this workload serves: each has an inbound cluster once istiod has registered it and a Service selects it. */
+  readonly inboundPorts?: readonly number[];
   onEvent(event: RelayEvent): void;
 }
 
@@ -79,6 +90,7 @@ export class AdsRelay {
   #since: Date | undefined;
   #lastError: string | undefined;
   #reconnects = 0;
+  #reopened = 0;
 
   constructor(deps: RelayDeps) {
     this.#deps = deps;
@@ -215,7 +227,7 @@ export class AdsRelay {
             failure = VmmeshError.from(thrown);
           }
           // A stream that stood for a while was a good one: its end (istiod's maximum age, a restart) is no reason to wait.
-          lived = clock.monotonicMs() - startedMs > 5 * SECOND_MS;
+          lived = clock.monotonicMs() - startedMs > SECOND_MS;
           if (lived || signal.aborted || this.#withdrawn) break;
         }
       } catch (thrown) {
@@ -257,7 +269,11 @@ export class AdsRelay {
     this.#upstream = upstream;
     this.#nodeSent = false;
     this.#listenersAsked = false;
-    const watchdog = this.#closeWhenEnvoyIsGone(upstream, AbortSignal.any([signal, scope.signal]));
+    const inScope = AbortSignal.any([signal, scope.signal]);
+    const watchdog = Promise.all([
+      this.#closeWhenEnvoyIsGone(upstream, inScope),
+      this.#reopenIfIncomplete(upstream, inScope),
+    ]);
     this.#carryOut(this.#cache.upstreamOpened());
     try {
       await upstream.done;
@@ -293,6 +309,25 @@ export class AdsRelay {
       this.#wantsUpstream = Promise.withResolvers<void>();
       upstream.close();
       return;
+    }
+  }
+
+  /** Is an inbound cluster missing although the listener that uses it has come? Then istiod gets a second chance. */
+  async #reopenIfIncomplete(upstream: ByteStream, signal: AbortSignal): Promise<void> {
+    await this.#deps.host.clock.sleep(INBOUND_GRACE_MS, signal).catch(() => undefined);
+    if (signal.aborted || this.#connectedTo === undefined) return;
+    const missing = (this.#deps.inboundPorts ?? [])
+      .map((port) => `inbound|${port}||`)
+      .filter(
+        (cluster) =>
+          !this.#cache.has(TYPE_URL.cluster, cluster) &&
+          this.#cache.holds(TYPE_URL.listener, Buffer.from(cluster)),
+      );
+    if (missing.length === 0) this.#reopened = 0;
+    else if (this.#reopened < MAX_REOPENED) {
+      this.#reopened += 1;
+      this.#deps.onEvent({ kind: "reopened", missing });
+      upstream.close();
     }
   }
 
