@@ -8,7 +8,18 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
-import { BASE, CACHE, CRDS, ENVOY, ISTIO, ISTIO_API, ISTIO_BIN, KUBE_BIN, KUBERNETES } from "./parts.ts";
+import {
+  BASE,
+  CACHE,
+  CRDS,
+  ENVOY,
+  ISTIO,
+  ISTIO_API,
+  ISTIO_BIN,
+  KUBE_BIN,
+  KUBERNETES,
+  PEER_BOOTSTRAP,
+} from "./parts.ts";
 import { say, sh } from "./sh.ts";
 
 const DEBIAN = [
@@ -76,12 +87,12 @@ export async function build(): Promise<void> {
       { GOBIN: to },
     );
   });
-  await part(CRDS, "Istio's resource definitions", async (to) => {
-    const { stdout } = await go(["mod", "download", "-json", `istio.io/api@${ISTIO_API}`]);
-    const { Dir } = JSON.parse(stdout) as { Dir: string };
-    rmSync(to, { recursive: true });
-    cpSync(`${Dir}/kubernetes/customresourcedefinitions.gen.yaml`, to);
-  });
+  await part(CRDS, "Istio's resource definitions", (to) =>
+    moduleFile(`istio.io/api@${ISTIO_API}`, "kubernetes/customresourcedefinitions.gen.yaml", to),
+  );
+  await part(PEER_BOOTSTRAP, "the peer's bootstrap template", (to) =>
+    moduleFile(`istio.io/istio@${ISTIO}`, "tools/packaging/common/envoy_bootstrap.json", to),
+  );
   await part(KUBE_BIN, "kube-apiserver, kube-proxy, kubectl (7 minutes)", async (to) => {
     const module = mkdtempSync(`${CACHE}/.kubernetes-`);
     try {
@@ -178,6 +189,14 @@ async function go(
   });
 }
 
+/** One file of a Go module. */
+async function moduleFile(module: string, path: string, to: string): Promise<void> {
+  const { stdout } = await go(["mod", "download", "-json", module]);
+  const { Dir } = JSON.parse(stdout) as { Dir: string };
+  rmSync(to, { recursive: true });
+  cpSync(`${Dir}/${path}`, to);
+}
+
 async function part(path: string, what: string, make: (to: string) => Promise<void>): Promise<void> {
   if (existsSync(path)) return;
   say(`building ${what}`);
@@ -193,7 +212,7 @@ async function part(path: string, what: string, make: (to: string) => Promise<vo
 }
 
 export function isBuilt(): boolean {
-  return [ISTIO_BIN, KUBE_BIN, CRDS, BASE].every((path) => existsSync(path));
+  return [ISTIO_BIN, KUBE_BIN, CRDS, PEER_BOOTSTRAP, BASE].every((path) => existsSync(path));
 }
 
 /** Version of the stock Envoy, as the binary itself says it. */

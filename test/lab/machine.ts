@@ -80,14 +80,21 @@ export class Machine {
     );
   }
 
+  /** Where this machine sees a path of the running machine: with what is mounted inside, as on /tmp and /run. */
+  #inside(path: string): string {
+    const init = initOf(this.id, this.name);
+    return `${init === undefined ? this.root : `/proc/${init}/root`}${path}`;
+  }
+
+  /** @param path absolute, without a symlink to an absolute path in it (/run, not /var/run) */
   putFile(path: string, data: string | Uint8Array, mode = 0o644): void {
-    const target = `${this.root}${path}`;
+    const target = this.#inside(path);
     mkdirSync(target.slice(0, target.lastIndexOf("/")), { recursive: true });
     writeFileSync(target, data, { mode });
   }
 
   getFile(path: string): string {
-    return readFileSync(`${this.root}${path}`, "utf8");
+    return readFileSync(this.#inside(path), "utf8");
   }
 
   /** Resolves when the machine is up again: another PID 1, its network back. */

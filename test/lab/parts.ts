@@ -8,6 +8,8 @@ export const CACHE = process.env["VMMESH_LAB_CACHE"] ?? "/var/cache/vmmesh-lab";
 export const ISTIO_BIN = `${CACHE}/istio-${ISTIO}`;
 export const KUBE_BIN = `${CACHE}/kubernetes-${KUBERNETES}`;
 export const CRDS = `${CACHE}/crds-${ISTIO_API}.yaml`;
+/** The peer's template of an Envoy bootstrap, which its package puts beside its binary. */
+export const PEER_BOOTSTRAP = `${CACHE}/envoy-bootstrap-${ISTIO}.json`;
 /** Changes with the list of packages in `build.ts`. */
 export const BASE = `${CACHE}/machine-bookworm-2`;
 
