@@ -114,6 +114,7 @@ describe("the journal", () => {
       host as never,
       { level: "info", format: "auto", journalStream: "8:1" },
       (text) => out.push(text),
+      async () => undefined,
     );
     log.info("up");
     expect(out).toEqual(["<6>up\n"]);

@@ -150,10 +150,11 @@ export async function openLog(
   host: Pick<Host, "files" | "clock">,
   options: LogOptions,
   write: (text: string) => void,
+  load: typeof loadJournal = loadJournal,
 ): Promise<Logger> {
   const isJournal = await stderrIsJournal(host.files, options.journalStream);
   if (options.format === "auto" && isJournal) {
-    const send = await loadJournal("vmmesh");
+    const send = await load("vmmesh");
     if (send !== undefined) return new Logger(journalSink(send), options.level);
   }
   const format = options.format === "json" ? "json" : isJournal ? "journal" : "terminal";
