@@ -179,6 +179,9 @@ export async function istioctlBundle(lab: Lab, group: string): Promise<string> {
 export async function proxyStatus(lab: Lab): Promise<Map<string, string>> {
   const { stdout } = await lab.istioctl([
     "proxy-status",
+    // A column for each type; without it only the subscribed types are named, not whether they are in sync.
+    "--verbosity",
+    "1",
     "--xds-address",
     `${lab.address}:15012`,
     "--authority",

@@ -1,6 +1,7 @@
-import { existsSync, mkdirSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
+import { exclusively } from "./lock.ts";
 import { ADDRESS, CRDS, ISTIO_BIN, KUBE_BIN, SERVICE_RANGE } from "./parts.ts";
-import { say, sh, waitFor } from "./sh.ts";
+import { type Output, type ShOptions, say, sh, waitFor } from "./sh.ts";
 import { changeState, folderOf, isRunning, readState, start, stop } from "./state.ts";
 
 /** Users of the API; what each may do is in `rbac`. The tokens are good in this lab only. */
@@ -20,7 +21,11 @@ export const inNetns = (id: string, argv: readonly string[]): string[] => [
 const STOCK_ENVOY = { PILOT_ENABLE_ALPN_FILTER: "false", PILOT_ENABLE_METADATA_EXCHANGE: "false" };
 
 /** Network, etcd, API server, istiod and a DNS server for the outside; whatever runs already stays. */
-export async function up(id: string, options: { istiodDefaults?: boolean } = {}): Promise<void> {
+export function up(id: string, options: { istiodDefaults?: boolean } = {}): Promise<void> {
+  return exclusively(`${id}-lab`, () => bringUp(id, options));
+}
+
+async function bringUp(id: string, options: { istiodDefaults?: boolean }): Promise<void> {
   mkdirSync(folderOf(id), { recursive: true });
   await network(id);
   await kubernetes(id);
@@ -65,7 +70,8 @@ async function network(id: string): Promise<void> {
 
 async function kubernetes(id: string): Promise<void> {
   const at = folderOf(id);
-  if (isRunning(id, "kube-apiserver") && isRunning(id, "etcd")) return;
+  const prepared = `${at}/prepared`;
+  if (isRunning(id, "kube-apiserver") && isRunning(id, "etcd") && existsSync(prepared)) return;
   await certificates(at);
   say("starting etcd and kube-apiserver");
   const etcd = "http://127.0.0.1:2379";
@@ -91,27 +97,24 @@ async function kubernetes(id: string): Promise<void> {
     ),
     { mode: 0o600 },
   );
-  start(
-    id,
-    "kube-apiserver",
-    inNetns(id, [
-      `${KUBE_BIN}/kube-apiserver`,
-      `--etcd-servers=${etcd}`,
-      "--service-account-issuer=https://kubernetes.default.svc",
-      `--service-account-key-file=${at}/sa.pub`,
-      `--service-account-signing-key-file=${at}/sa.key`,
-      "--authorization-mode=RBAC",
-      `--token-auth-file=${at}/tokens.csv`,
-      `--service-cluster-ip-range=${SERVICE_RANGE}`,
-      "--secure-port=6443",
-      "--bind-address=0.0.0.0",
-      `--advertise-address=${ADDRESS.controlPlane}`,
-      `--tls-cert-file=${at}/api.crt`,
-      `--tls-private-key-file=${at}/api.key`,
-      `--cert-dir=${at}`,
-      "--disable-admission-plugins=ServiceAccount",
-    ]),
-  );
+  const api = inNetns(id, [
+    `${KUBE_BIN}/kube-apiserver`,
+    `--etcd-servers=${etcd}`,
+    "--service-account-issuer=https://kubernetes.default.svc",
+    `--service-account-key-file=${at}/sa.pub`,
+    `--service-account-signing-key-file=${at}/sa.key`,
+    "--authorization-mode=RBAC",
+    `--token-auth-file=${at}/tokens.csv`,
+    `--service-cluster-ip-range=${SERVICE_RANGE}`,
+    "--secure-port=6443",
+    "--bind-address=0.0.0.0",
+    `--advertise-address=${ADDRESS.controlPlane}`,
+    `--tls-cert-file=${at}/api.crt`,
+    `--tls-private-key-file=${at}/api.key`,
+    `--cert-dir=${at}`,
+    "--disable-admission-plugins=ServiceAccount",
+  ]);
+  if (!isRunning(id, "kube-apiserver")) start(id, "kube-apiserver", api);
   for (const user of USERS) writeKubeconfig(at, user);
   await waitFor(
     "kube-apiserver",
@@ -119,7 +122,7 @@ async function kubernetes(id: string): Promise<void> {
     60_000,
   );
   await kubectl(id, ["apply", "--server-side", "-f", CRDS]);
-  await kubectl(id, ["apply", "-f", "-"], MESH);
+  await kubectl(id, ["apply", "-f", "-"], { input: MESH });
   const patch = JSON.stringify({ status: { loadBalancer: { ingress: [{ ip: ADDRESS.controlPlane }] } } });
   await kubectl(id, [
     "-n",
@@ -132,6 +135,8 @@ async function kubernetes(id: string): Promise<void> {
     "-p",
     patch,
   ]);
+  // Last: an `up` that was killed before this does it all again.
+  writeFileSync(prepared, "");
 }
 
 async function certificates(at: string): Promise<void> {
@@ -185,8 +190,9 @@ async function certificates(at: string): Promise<void> {
     "-extfile",
     `${at}/api.ext`,
     "-out",
-    `${at}/api.crt`,
+    `${at}/api.crt.new`,
   );
+  renameSync(`${at}/api.crt.new`, `${at}/api.crt`);
 }
 
 function writeKubeconfig(at: string, user: User): void {
@@ -206,10 +212,10 @@ function writeKubeconfig(at: string, user: User): void {
   writeFileSync(`${at}/kubeconfig-${user}`, JSON.stringify(config, null, 1), { mode: 0o600 });
 }
 
-export function kubectl(id: string, args: readonly string[], input?: string, allowFail = false) {
+export function kubectl(id: string, args: readonly string[], options: ShOptions = {}): Promise<Output> {
   return sh(
     inNetns(id, [`${KUBE_BIN}/kubectl`, "--kubeconfig", `${folderOf(id)}/kubeconfig-admin`, ...args]),
-    { ...(input === undefined ? {} : { input }), allowFail },
+    options,
   );
 }
 
@@ -253,7 +259,7 @@ export async function startIstiod(id: string, env: Readonly<Record<string, strin
   await waitFor(
     "the mesh's root in namespace default",
     async () =>
-      (await kubectl(id, ["get", "configmap", "istio-ca-root-cert"], undefined, true)).code === 0
+      (await kubectl(id, ["get", "configmap", "istio-ca-root-cert"], { allowFail: true })).code === 0
         ? true
         : undefined,
     30_000,
@@ -288,6 +294,16 @@ data:
     defaultConfig:
       discoveryAddress: istiod.istio-system.svc:15012
 ---
+# The installer's values, where tools look for the cluster's name. Without templates istiod injects nothing.
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio-sidecar-injector, namespace: istio-system}
+data:
+  config: |
+    policy: enabled
+    templates: {}
+  values: '{"global":{"multiCluster":{"clusterName":"Kubernetes"}}}'
+---
 apiVersion: v1
 kind: Service
 metadata: {name: istio-eastwestgateway, namespace: istio-system}
@@ -304,21 +320,48 @@ rules:
 - {apiGroups: ["", networking.istio.io, networking.k8s.io], resources: [namespaces, configmaps, services, serviceaccounts, workloadgroups, workloadentries, servicecidrs], verbs: [get, list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: lab-joiner}
-rules:
-- {apiGroups: [networking.istio.io], resources: [workloadgroups], verbs: [create]}
-- {apiGroups: [""], resources: [serviceaccounts, serviceaccounts/token, services], verbs: [create]}
----
-apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata: {name: lab-reader}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: lab-reader}
-subjects: [{kind: User, name: reader}, {kind: User, name: joiner}]
+subjects: [{kind: User, name: reader}]
+---
+# ServiceCIDRs belong to no namespace.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: lab-joiner}
+rules:
+- {apiGroups: [networking.k8s.io], resources: [servicecidrs], verbs: [list]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: lab-joiner}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: lab-joiner}
+subjects: [{kind: User, name: joiner}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: joiner, namespace: default}
+rules:
+- {apiGroups: [networking.istio.io], resources: [workloadgroups], verbs: [get, create, update]}
+- {apiGroups: [""], resources: [serviceaccounts, services], verbs: [get, create, update]}
+- {apiGroups: [""], resources: [serviceaccounts/token], verbs: [create]}
+- {apiGroups: [""], resources: [configmaps], verbs: [get]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata: {name: lab-joiner, namespace: default}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: lab-joiner}
+metadata: {name: joiner, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: joiner}
+subjects: [{kind: User, name: joiner}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: joiner, namespace: istio-system}
+rules:
+- {apiGroups: [""], resources: [configmaps, services], verbs: [get]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: joiner, namespace: istio-system}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: joiner}
 subjects: [{kind: User, name: joiner}]
 `;

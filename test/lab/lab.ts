@@ -1,5 +1,5 @@
 import { createSign } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { build, envoyVersion, isBuilt } from "./build.ts";
 import {
   inNetns,
@@ -11,10 +11,11 @@ import {
   type User,
   up,
 } from "./controlplane.ts";
+import { exclusively } from "./lock.ts";
 import { bootMachine, Machine, type MachineOptions, removeMachine } from "./machine.ts";
-import { ADDRESS, ISTIO_BIN, KUBERNETES } from "./parts.ts";
-import { type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
-import { changeState, folderOf, isRunning, readState, removeState, start, stop } from "./state.ts";
+import { ADDRESS, ISTIO_BIN } from "./parts.ts";
+import { type Output, type ShOptions, say, sh, sleep, startTimeOf, waitFor } from "./sh.ts";
+import { changeState, end, folderOf, isRunning, readState, removeState, start, stop } from "./state.ts";
 
 export { Machine, say, sleep, waitFor };
 
@@ -49,8 +50,8 @@ export class Lab {
     return new Lab(id);
   }
 
-  kubectl(args: readonly string[], options: { input?: string; allowFail?: boolean } = {}): Promise<Output> {
-    return kubectl(this.id, args, options.input, options.allowFail);
+  kubectl(args: readonly string[], options: ShOptions = {}): Promise<Output> {
+    return kubectl(this.id, args, options);
   }
 
   async apply(yaml: string): Promise<void> {
@@ -124,16 +125,20 @@ export class Lab {
     await this.startIstiod(env);
   }
 
-  /** A real Prometheus that scrapes `targets` (HOST:PORT) every second at /stats/prometheus. */
+  /** A real Prometheus that scrapes `targets` (HOST:PORT) at /stats/prometheus, every second unless told otherwise. */
   async prometheus(
     targets: readonly string[],
+    scrapeIntervalMs = 1000,
   ): Promise<{ query(promql: string): Promise<number | undefined>; stop(): Promise<void> }> {
     const at = `${folderOf(this.id)}/prometheus`;
     mkdirSync(at, { recursive: true });
     const job = { job_name: "vms", metrics_path: "/stats/prometheus", static_configs: [{ targets }] };
     writeFileSync(
       `${at}/prometheus.yml`,
-      JSON.stringify({ global: { scrape_interval: "1s", scrape_timeout: "1s" }, scrape_configs: [job] }),
+      JSON.stringify({
+        global: { scrape_interval: `${scrapeIntervalMs}ms`, scrape_timeout: `${scrapeIntervalMs}ms` },
+        scrape_configs: [job],
+      }),
     );
     await stop(this.id, "prometheus");
     start(
@@ -162,14 +167,26 @@ export class Lab {
 
   /** What runs, asked of the parts themselves: a test that prints it cannot have run with stand-ins. */
   async versions(): Promise<Versions> {
-    const { stdout } = await this.exec(["curl", "-s", "http://127.0.0.1:15014/version"]);
-    const info = await sh(["readlink", "-f", `/proc/${this.#pidOf("istiod")}/exe`]);
+    // The module that Go has written into the binary which runs; "unknown" is all that its own /version knows.
+    const executable = `/proc/${this.#pidOf("istiod")}/exe`;
+    const { stdout } = await sh(["grep", "-aoPm1", "mod\\tistio.io/istio\\t\\K\\S+", executable]);
+    const { stdout: kubernetes } = await this.exec([
+      "curl",
+      "-s",
+      "--cacert",
+      `${folderOf(this.id)}/ca.crt`,
+      `https://${this.address}:6443/version`,
+    ]);
     const machine = Object.keys(readState(this.id).machines)[0];
     const envoy =
       machine === undefined
         ? "no machine"
         : await envoyVersion(`${this.machine(machine).root}/usr/local/bin/envoy`);
-    return { istiod: `${stdout.trim()} (${info.stdout.trim()})`, envoy, kubernetes: KUBERNETES };
+    return {
+      istiod: stdout.trim(),
+      envoy,
+      kubernetes: (JSON.parse(kubernetes) as { gitVersion: string }).gitVersion,
+    };
   }
 
   #pidOf(name: string): number {
@@ -222,10 +239,26 @@ export class Lab {
   }
 
   /** Ends every process that the lab started and removes all that it made. */
-  async down(): Promise<void> {
-    for (const name of Object.keys(readState(this.id).machines)) await removeMachine(this.id, name);
+  down(): Promise<void> {
+    return exclusively(`${this.id}-lab`, () => this.#down());
+  }
+
+  async #down(): Promise<void> {
+    // By their folders as well: a run that was killed may not have recorded them.
+    const folders = existsSync(folderOf(this.id))
+      ? readdirSync(folderOf(this.id), { withFileTypes: true })
+      : [];
+    const unrecorded = folders
+      .filter((entry) => entry.isDirectory() && entry.name.startsWith("machine-"))
+      .map(({ name }) => name.slice("machine-".length));
+    for (const name of new Set([...Object.keys(readState(this.id).machines), ...unrecorded]))
+      await removeMachine(this.id, name);
     // The other way round than they were started.
     for (const { name } of [...readState(this.id).processes].reverse()) await stop(this.id, name);
+    // The namespace is the lab's own: whatever still runs in it was started by the lab, and killed before it was recorded.
+    const { stdout } = await sh(["ip", "netns", "pids", netnsOf(this.id)], { allowFail: true });
+    for (const pid of stdout.split("\n").filter(Boolean).map(Number))
+      await end({ name: "leftover", pid, startTime: startTimeOf(pid) ?? "" });
     if (existsSync(`/run/netns/${netnsOf(this.id)}`))
       await sh(["ip", "netns", "delete", netnsOf(this.id)], { allowFail: true });
     removeState(this.id);

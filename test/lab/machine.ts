@@ -1,14 +1,7 @@
-import {
-  copyFileSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { envoy } from "./build.ts";
 import { netnsOf } from "./controlplane.ts";
+import { exclusively } from "./lock.ts";
 import { ADDRESS, BASE, ENVOY, ISTIO_BIN, KUBE_BIN } from "./parts.ts";
 import { type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
 import {
@@ -110,6 +103,34 @@ export class Machine {
     await this.#ready();
   }
 
+  /** An orderly end; the disk stays for `boot`. */
+  async poweroff(): Promise<void> {
+    await this.exec("systemctl poweroff", { allowFail: true });
+    await this.#down();
+  }
+
+  /** The power cord pulled: no process of the machine gets a signal that it could handle. The disk stays for `boot`. */
+  async kill(): Promise<void> {
+    const init = initOf(this.id, this.name);
+    if (init !== undefined) process.kill(init, "SIGKILL");
+    await this.#down();
+  }
+
+  /** Starts a machine that is down, on its old disk. */
+  async boot(): Promise<void> {
+    startSupervisor(this);
+    await this.#ready();
+  }
+
+  async #down(): Promise<void> {
+    await waitFor(
+      `${this.name} to be down`,
+      async () => (isRunning(this.id, `machine-${this.name}`) ? undefined : true),
+      60_000,
+      50,
+    );
+  }
+
   async waitUntilUp(): Promise<void> {
     await this.#ready();
   }
@@ -157,27 +178,26 @@ function childrenOf(pid: number): number[] {
 }
 
 /** Boots a machine of this name, or finds the one that runs. */
-export async function bootMachine(id: string, name: string, options: MachineOptions = {}): Promise<Machine> {
+export function bootMachine(id: string, name: string, options: MachineOptions = {}): Promise<Machine> {
+  return exclusively(`${id}-machine-${name}`, () => findOrBoot(id, name, options));
+}
+
+async function findOrBoot(id: string, name: string, options: MachineOptions): Promise<Machine> {
   const known = readState(id).machines[name];
-  const number = known?.number ?? freeNumber(readState(id).machines);
-  const machine = new Machine(id, name, number);
+  let machine: Machine;
   if (known !== undefined && isRunning(id, `machine-${name}`)) {
+    machine = new Machine(id, name, known.number);
     await machine.waitUntilUp();
   } else {
-    await removeMachine(id, name);
+    await remove(id, name);
     const version = options.envoy ?? ENVOY;
-    changeState(id, (state) => ({
+    const { machines } = changeState(id, (state) => ({
       ...state,
-      machines: { ...state.machines, [name]: { number, envoy: version } },
+      machines: { ...state.machines, [name]: { number: freeNumber(state.machines), envoy: version } },
     }));
+    machine = new Machine(id, name, machines[name]?.number ?? 0);
     await prepareTree(machine, version);
-    start(id, `machine-${name}`, [
-      process.execPath,
-      new URL("./supervisor.ts", import.meta.url).pathname,
-      id,
-      name,
-      String(number),
-    ]);
+    startSupervisor(machine);
     await machine.waitUntilUp();
     say(`machine ${name} is up at ${machine.ip}`);
   }
@@ -186,6 +206,11 @@ export async function bootMachine(id: string, name: string, options: MachineOpti
     await machine.exec("dpkg -i /root/vmmesh.deb");
   }
   return machine;
+}
+
+function startSupervisor({ id, name, number }: Machine): void {
+  const program = new URL("./supervisor.ts", import.meta.url).pathname;
+  start(id, `machine-${name}`, [process.execPath, program, id, name, String(number)]);
 }
 
 function freeNumber(machines: Readonly<Record<string, MachineState>>): number {
@@ -230,18 +255,22 @@ export async function connect(id: string, number: number, pid: number): Promise<
 }
 
 /** Ends a machine and removes its tree. */
-export async function removeMachine(id: string, name: string): Promise<void> {
+export function removeMachine(id: string, name: string): Promise<void> {
+  return exclusively(`${id}-machine-${name}`, () => remove(id, name));
+}
+
+async function remove(id: string, name: string): Promise<void> {
   const at = folder(id, name);
   const supervisor = readState(id).processes.find((it) => it.name === `machine-${name}`);
   if (supervisor !== undefined && lives(supervisor)) await stop(id, `machine-${name}`, 10_000);
   const init = initOf(id, name);
   if (init !== undefined) process.kill(init, "SIGKILL");
   for (let tries = 0; initOf(id, name) !== undefined && tries < 100; tries += 1) await sleep(50);
-  for (let tries = 0; existsSync(at) && tries < 20; tries += 1) {
-    const mounted = readFileSync("/proc/self/mounts", "utf8").includes(` ${at}/root `);
-    if (!mounted) break;
-    if ((await sh(["umount", `${at}/root`], { allowFail: true })).code !== 0) await sleep(100);
-  }
+  await waitFor(`${at}/root to be unmounted`, async () => {
+    if (!readFileSync("/proc/self/mounts", "utf8").includes(` ${at}/root `)) return true;
+    await sh(["umount", `${at}/root`], { allowFail: true });
+    return undefined;
+  });
   rmSync(at, { recursive: true, force: true });
   changeState(id, (state) => {
     const { [name]: _gone, ...machines } = state.machines;

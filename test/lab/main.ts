@@ -10,6 +10,9 @@ scripts/lab kubectl -- … | istioctl -- …
 scripts/lab status | rm NAME | down
 --id ID (or VMMESH_LAB_ID): another lab beside the default one`;
 
+/** As if typed there: its own terminal, as long as it takes. */
+const DIRECT = { direct: true, timeoutMs: 0, allowFail: true } as const;
+
 async function main(argv: readonly string[]): Promise<number> {
   const at = argv.indexOf("--");
   const words = at < 0 ? [...argv] : argv.slice(0, at);
@@ -24,11 +27,6 @@ async function main(argv: readonly string[]): Promise<number> {
   const envoy = take("--envoy");
   const istiodDefaults = words.includes("--istiod-defaults");
   const [command, name] = words.filter((word) => !word.startsWith("--"));
-  const show = (output: { stdout: string; stderr: string; code: number }): number => {
-    process.stdout.write(output.stdout + (output.stdout.endsWith("\n") || output.stdout === "" ? "" : "\n"));
-    process.stderr.write(output.stderr);
-    return output.code;
-  };
   const named = (): string => {
     if (name !== undefined && /^[a-z0-9-]{1,20}$/.test(name)) return name;
     throw new Error(`give the machine's name: letters, digits and dashes\n${USAGE}`);
@@ -51,11 +49,11 @@ async function main(argv: readonly string[]): Promise<number> {
       return 0;
     }
     case "exec":
-      return show(await Lab.attach(id).machine(named()).exec(rest, { allowFail: true }));
+      return (await Lab.attach(id).machine(named()).exec(rest, DIRECT)).code;
     case "kubectl":
-      return show(await Lab.attach(id).kubectl(rest, { allowFail: true }));
+      return (await Lab.attach(id).kubectl(rest, DIRECT)).code;
     case "istioctl":
-      return show(await Lab.attach(id).istioctl(rest, { allowFail: true }));
+      return (await Lab.attach(id).istioctl(rest, DIRECT)).code;
     case "rm":
       await Lab.attach(id).removeVm(named());
       return 0;

@@ -1,3 +1,4 @@
+import { readFileSync } from "node:fs";
 import { execa } from "execa";
 
 export interface Output {
@@ -13,8 +14,8 @@ export interface ShOptions {
   readonly cwd?: string;
   /** Resolve for every exit status instead of throwing. */
   readonly allowFail?: boolean;
-  /** Show the output as it comes. */
-  readonly show?: boolean;
+  /** Give the program this process's own input and output; the texts of the answer are empty then. */
+  readonly direct?: boolean;
 }
 
 /** Runs a program without a shell. @throws {Error} with its last words, unless `allowFail` */
@@ -22,13 +23,15 @@ export async function sh(argv: readonly string[], options: ShOptions = {}): Prom
   const [program = "", ...args] = argv;
   const result = await execa(program, args, {
     reject: false,
+    // 0: as long as it takes.
     timeout: options.timeoutMs ?? 600_000,
-    ...(options.input === undefined ? { stdin: "ignore" as const } : { input: options.input }),
+    ...(options.direct === true
+      ? { stdio: "inherit" as const }
+      : options.input === undefined
+        ? { stdin: "ignore" as const }
+        : { input: options.input }),
     ...(options.env === undefined ? {} : { env: options.env }),
     ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
-    ...(options.show === true
-      ? { stdout: ["pipe" as const, "inherit" as const], stderr: ["pipe" as const, "inherit" as const] }
-      : {}),
   });
   const output: Output = {
     code: result.exitCode ?? 255,
@@ -51,6 +54,16 @@ export function say(line: string): void {
 
 export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+/** When a process began, in the kernel's ticks since boot (proc(5), field 22 of stat); undefined if there is none of this pid. */
+export function startTimeOf(pid: number): string | undefined {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+    return stat.slice(stat.lastIndexOf(")") + 2).split(" ")[19];
+  } catch {
+    return undefined;
+  }
 }
 
 /** Asks until the answer is not undefined. @throws {Error} naming what did not come, with the last failure */

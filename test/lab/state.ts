@@ -1,6 +1,7 @@
 import { spawn } from "node:child_process";
 import { existsSync, mkdirSync, openSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { sleep } from "./sh.ts";
+import { exclusivelyNow } from "./lock.ts";
+import { sleep, startTimeOf } from "./sh.ts";
 
 /** One process of the lab: its pid can be another's by now, pid and start time together cannot (proc(5), field 22 of stat). */
 export interface Process {
@@ -33,24 +34,17 @@ export function readState(id: string): State {
 
 export function changeState(id: string, change: (state: State) => State): State {
   mkdirSync(folderOf(id), { recursive: true });
-  const next = change(readState(id));
-  const path = `${folderOf(id)}/state.json`;
-  writeFileSync(`${path}.new`, JSON.stringify(next, null, 1));
-  renameSync(`${path}.new`, path);
-  return next;
-}
-
-export function startTimeOf(pid: number): string | undefined {
-  try {
-    const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    return stat.slice(stat.lastIndexOf(")") + 2).split(" ")[19];
-  } catch {
-    return undefined;
-  }
+  return exclusivelyNow(`${id}-state`, () => {
+    const next = change(readState(id));
+    const path = `${folderOf(id)}/state.json`;
+    writeFileSync(`${path}.new`, JSON.stringify(next, null, 1));
+    renameSync(`${path}.new`, path);
+    return next;
+  });
 }
 
 export function lives(process: Process): boolean {
-  return startTimeOf(process.pid) === process.startTime;
+  return process.startTime !== "" && startTimeOf(process.pid) === process.startTime;
 }
 
 /** Starts a detached process with its output in FOLDER/NAME.log, and records it. */
@@ -79,15 +73,29 @@ export function start(
   return recorded;
 }
 
+/** Ends one process, and its group if it leads one: TERM, then KILL after `graceMs`. */
+export async function end(found: Process, graceMs = 5000): Promise<void> {
+  const signal = (name: NodeJS.Signals): void => {
+    for (const target of [-found.pid, found.pid]) {
+      if (!lives(found)) return;
+      try {
+        process.kill(target, name);
+        return;
+      } catch {
+        // It leads no group, or it has ended meanwhile.
+      }
+    }
+  };
+  signal("SIGTERM");
+  for (let waited = 0; lives(found) && waited < graceMs; waited += 50) await sleep(50);
+  signal("SIGKILL");
+  for (let waited = 0; lives(found) && waited < 2000; waited += 20) await sleep(20);
+}
+
 /** Ends a recorded process and its children in its group: TERM, then KILL after `graceMs`. Never one that is not ours. */
 export async function stop(id: string, name: string, graceMs = 5000): Promise<void> {
   const found = readState(id).processes.find((it) => it.name === name);
-  if (found !== undefined && lives(found)) {
-    process.kill(-found.pid, "SIGTERM");
-    for (let waited = 0; lives(found) && waited < graceMs; waited += 50) await sleep(50);
-    if (lives(found)) process.kill(-found.pid, "SIGKILL");
-    for (let waited = 0; lives(found) && waited < 2000; waited += 20) await sleep(20);
-  }
+  if (found !== undefined && lives(found)) await end(found, graceMs);
   changeState(id, (state) => ({ ...state, processes: state.processes.filter((it) => it.name !== name) }));
 }
 

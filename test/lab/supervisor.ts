@@ -1,4 +1,4 @@
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { connect, initOf } from "./machine.ts";
 import { sleep } from "./sh.ts";
 import { folderOf } from "./state.ts";
@@ -10,9 +10,16 @@ const REBOOT = 133;
 const [id = "", name = "", number = ""] = process.argv.slice(2);
 const root = `${folderOf(id)}/machine-${name}/root`;
 let ending = false;
+let child: ChildProcess | undefined;
+process.on("SIGTERM", () => {
+  ending = true;
+  // nspawn passes a SIGTERM on as systemd's request to power off (systemd-nspawn(1), --kill-signal).
+  child?.kill("SIGTERM");
+  setTimeout(() => child?.kill("SIGKILL"), 8000).unref();
+});
 
-for (;;) {
-  const child = spawn(
+while (!ending) {
+  const machine = spawn(
     "systemd-nspawn",
     [
       "-D",
@@ -33,19 +40,13 @@ for (;;) {
       env: { ...process.env, SYSTEMD_NSPAWN_UNIFIED_HIERARCHY: "1" },
     },
   );
-  process.removeAllListeners("SIGTERM");
-  process.on("SIGTERM", () => {
-    ending = true;
-    // SIGRTMIN+4 asks systemd to power off (systemd(1)); nspawn passes a SIGTERM on as just that.
-    child.kill("SIGTERM");
-    setTimeout(() => child.kill("SIGKILL"), 8000).unref();
-  });
-  const ended = new Promise<number>((resolve) => child.on("exit", (code) => resolve(code ?? 255)));
+  child = machine;
+  const ended = new Promise<number>((resolve) => machine.on("exit", (code) => resolve(code ?? 255)));
   let init: number | undefined;
-  while (init === undefined && child.exitCode === null) {
+  while (init === undefined && machine.exitCode === null && machine.signalCode === null) {
     init = initOf(id, name);
     if (init === undefined) await sleep(20);
   }
   if (init !== undefined) await connect(id, Number(number), init);
-  if ((await ended) !== REBOOT || ending) break;
+  if ((await ended) !== REBOOT) break;
 }

@@ -53,7 +53,7 @@ describe("two machines join a real mesh with pilot-agent", () => {
       const lines = await proxyStatus(lab);
       return NAMES.every((name) => {
         const line = lines.get(`${name}.default`) ?? "";
-        return line.includes("SYNCED") && !line.includes("STALE");
+        return [...line.matchAll(/SYNCED/g)].length >= 4 && !/STALE|NOT SENT/.test(line);
       })
         ? true
         : undefined;
