@@ -1,18 +1,22 @@
 import {
+  chmodSync,
   cpSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
-  readFileSync,
+  readdirSync,
   renameSync,
   rmSync,
   writeFileSync,
 } from "node:fs";
+import { exclusively } from "./lock.ts";
 import {
   BASE,
   CACHE,
   CRDS,
   ENVOY,
+  GO,
+  GO_VERSION,
   ISTIO,
   ISTIO_API,
   ISTIO_BIN,
@@ -72,8 +76,15 @@ const IN_MACHINE = [
 ];
 
 /** Builds what is missing in the cache; each part is made aside and renamed, so that a killed build leaves no half. */
-export async function build(): Promise<void> {
+export function build(): Promise<void> {
+  return exclusively("build", buildAll);
+}
+
+async function buildAll(): Promise<void> {
   mkdirSync(CACHE, { recursive: true });
+  // Of an earlier build that was killed.
+  for (const name of readdirSync(CACHE))
+    if (/^\.(part|kubernetes)-/.test(name)) rmSync(`${CACHE}/${name}`, { recursive: true, force: true });
   await packages();
   await part(ISTIO_BIN, "istiod, pilot-agent, istioctl (8 minutes)", async (to) => {
     const commands = ["pilot/cmd/pilot-discovery", "pilot/cmd/pilot-agent", "istioctl/cmd/istioctl"];
@@ -160,32 +171,58 @@ async function packages(): Promise<void> {
   const ours = !existsSync(policy);
   if (ours) writeFileSync(policy, "#!/bin/sh\nexit 101\n", { mode: 0o755 });
   try {
-    await sh(["apt-get", "update", "-qq"]);
-    await sh(["apt-get", "install", "-y", "-qq", "--no-install-recommends", ...DEBIAN], {
-      env: { DEBIAN_FRONTEND: "noninteractive" },
-    });
+    await install(DEBIAN);
   } finally {
     if (ours) rmSync(policy);
   }
 }
 
-/** Go from PATH; modules name the toolchain that they want, and Go fetches it as a module. */
+/** Go since 1.21 fetches the toolchain that a module names by itself, as a module. */
+async function fetchesToolchains(program: string): Promise<boolean> {
+  const { code, stdout } = await sh([program, "version"], { allowFail: true });
+  const [, minor] = / go1\.(\d+)/.exec(stdout) ?? [];
+  return code === 0 && Number(minor) >= 21;
+}
+
+/** A Go that is new enough: this machine's, or one that Debian's older Go has fetched as a module, checked as each module. */
+async function goProgram(): Promise<string> {
+  for (const program of ["go", "/usr/local/go/bin/go"]) if (await fetchesToolchains(program)) return program;
+  if (!existsSync("/usr/bin/go")) {
+    say("installing Go (apt)");
+    await install(["golang-go"]);
+  }
+  if (await fetchesToolchains("/usr/bin/go")) return "/usr/bin/go";
+  await part(GO, "a newer Go", async (to) => {
+    const platform = `linux-${process.arch === "x64" ? "amd64" : process.arch}`;
+    const module = `golang.org/toolchain@v0.0.1-go${GO_VERSION}.${platform}`;
+    const { stdout } = await sh(["/usr/bin/go", "mod", "download", "-json", module], {
+      env: { GOFLAGS: "" },
+    });
+    const { Dir } = JSON.parse(stdout) as { Dir: string };
+    await sh(["cp", "-r", "--no-preserve=mode", `${Dir}/.`, to]);
+    // A module's files are not executable, and no module may hold another: Go packs its own so, and so undoes it.
+    await sh(["chmod", "-R", "+x", `${to}/bin`, `${to}/pkg/tool`]);
+    await sh(["find", to, "-name", "_go.mod", "-execdir", "mv", "_go.mod", "go.mod", ";"]);
+  });
+  return `${GO}/bin/go`;
+}
+
 async function go(
   args: readonly string[],
   env: Record<string, string> = {},
   cwd?: string,
 ): Promise<{ stdout: string }> {
-  if ((await sh(["which", "go"], { allowFail: true })).code !== 0) {
-    say("installing Go (apt)");
-    await sh(["apt-get", "update", "-qq"]);
-    await sh(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "golang-go"], {
-      env: { DEBIAN_FRONTEND: "noninteractive" },
-    });
-  }
-  return sh(["go", ...args], {
+  return sh([await goProgram(), ...args], {
     env: { CGO_ENABLED: "0", GOTOOLCHAIN: "auto", GOFLAGS: "-buildvcs=false", ...env },
     timeoutMs: 40 * 60_000,
     ...(cwd === undefined ? {} : { cwd }),
+  });
+}
+
+async function install(names: readonly string[]): Promise<void> {
+  await sh(["apt-get", "update", "-qq"]);
+  await sh(["apt-get", "install", "-y", "-qq", "--no-install-recommends", ...names], {
+    env: { DEBIAN_FRONTEND: "noninteractive" },
   });
 }
 
@@ -203,6 +240,8 @@ async function part(path: string, what: string, make: (to: string) => Promise<vo
   const aside = mkdtempSync(`${CACHE}/.part-`);
   try {
     await make(aside);
+    // mkdtemp's folder is its owner's only; users inside a machine read from it as well.
+    chmodSync(aside, 0o755);
     renameSync(aside, path);
   } catch (thrown) {
     rmSync(aside, { recursive: true, force: true });
@@ -219,8 +258,4 @@ export function isBuilt(): boolean {
 export async function envoyVersion(path: string): Promise<string> {
   const { stdout } = await sh([path, "--version"]);
   return /\/(\d+\.\d+\.\d+)\//.exec(stdout)?.[1] ?? stdout.trim();
-}
-
-export function readText(path: string): string {
-  return readFileSync(path, "utf8");
 }

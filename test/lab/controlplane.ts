@@ -29,7 +29,11 @@ async function bringUp(id: string, options: { istiodDefaults?: boolean }): Promi
   mkdirSync(folderOf(id), { recursive: true });
   await network(id);
   await kubernetes(id);
-  if (!isRunning(id, "istiod")) await startIstiod(id, options.istiodDefaults === true ? {} : STOCK_ENVOY);
+  const env = options.istiodDefaults === true ? {} : STOCK_ENVOY;
+  const asWanted =
+    options.istiodDefaults === undefined || JSON.stringify(istiodEnvOf(id)) === JSON.stringify(env);
+  if (isRunning(id, "istiod") && !asWanted) await stopIstiod(id);
+  if (!isRunning(id, "istiod")) await startIstiod(id, env);
   if (!isRunning(id, "dnsmasq")) {
     const records = [
       "--address=/outside.lab/10.99.0.2",

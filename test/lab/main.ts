@@ -25,7 +25,7 @@ async function main(argv: readonly string[]): Promise<number> {
   if (!/^[a-z0-9]{1,16}$/.test(id)) throw new Error(`--id: ${id} is not 1 to 16 letters and digits`);
   const deb = take("--deb");
   const envoy = take("--envoy");
-  const istiodDefaults = words.includes("--istiod-defaults");
+  const istiodDefaults = words.includes("--istiod-defaults") ? true : undefined;
   const [command, name] = words.filter((word) => !word.startsWith("--"));
   const named = (): string => {
     if (name !== undefined && /^[a-z0-9-]{1,20}$/.test(name)) return name;
@@ -37,7 +37,7 @@ async function main(argv: readonly string[]): Promise<number> {
       say("everything is built");
       return 0;
     case "up":
-      await Lab.open({ id, istiodDefaults });
+      await Lab.open({ id, ...(istiodDefaults === undefined ? {} : { istiodDefaults }) });
       say("the lab is up");
       return 0;
     case "vm": {

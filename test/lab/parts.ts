@@ -4,10 +4,14 @@ export const ISTIO_API = "v1.31.0-rc.0.0.20260824154656-b943409680a7";
 export const KUBERNETES = "v1.37.2";
 export const ENVOY = "1.40.0";
 
+/** Used where the distribution's Go is older than 1.21. */
+export const GO_VERSION = "1.26.8";
+
 export const CACHE = process.env["VMMESH_LAB_CACHE"] ?? "/var/cache/vmmesh-lab";
 export const ISTIO_BIN = `${CACHE}/istio-${ISTIO}`;
 export const KUBE_BIN = `${CACHE}/kubernetes-${KUBERNETES}`;
 export const CRDS = `${CACHE}/crds-${ISTIO_API}.yaml`;
+export const GO = `${CACHE}/go-${GO_VERSION}`;
 /** The peer's template of an Envoy bootstrap, which its package puts beside its binary. */
 export const PEER_BOOTSTRAP = `${CACHE}/envoy-bootstrap-${ISTIO}.json`;
 /** Changes with the list of packages in `build.ts`. */
