@@ -12,14 +12,13 @@ export async function bundleCreate(options: Options): Promise<number> {
     rehearse: false,
   });
   tellOutcome(made);
-  if (made.bundle === undefined) return 1;
   const target = text(options, "o") ?? "";
   const written = await writeBundle(context.host.files, target, made.bundle);
   if (wantsJson(options)) print({ written, tokenExpires: made.bundle.tokenExpires });
   else {
     for (const path of written) say(`- wrote ${path}`);
     print(
-      `The token in it works until ${made.bundle.tokenExpires.toISOString()}: whoever has it can become this workload.\nOn the machine: vmmesh join --bundle ${target}`,
+      `The token in it works until ${made.bundle.tokenExpires?.toISOString()}: whoever has it can become this workload.\nOn the machine: vmmesh join --bundle ${target}`,
     );
   }
   return 0;

@@ -44,10 +44,6 @@ export async function join(options: Options): Promise<number> {
   const journal = await openJournal(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   const bundle = await bundleOf(context, options, rehearse);
-  if (bundle === undefined) {
-    say("dry run: the steps on this machine depend on the objects above; nothing was changed");
-    return 0;
-  }
   const { files, workload } = render(context, options, bundle, envoy.path);
   const spiffe = spiffeOf(workload);
   const steps = planJoin({
@@ -154,7 +150,7 @@ async function openJournal({ host, paths }: Context, options: Options): Promise<
   return { version: 1, state: "joining", startedAt: host.clock.now().toISOString(), how, entries: [] };
 }
 
-async function bundleOf(context: Context, options: Options, rehearse: boolean): Promise<Bundle | undefined> {
+async function bundleOf(context: Context, options: Options, rehearse: boolean): Promise<Bundle> {
   const path = text(options, "bundle");
   if (path !== undefined) {
     say(`bundle: ${path}`);
@@ -233,7 +229,7 @@ function tellFacts(workload: Workload, envoy: string, bundle: Bundle): void {
       workload.meshCidrs.join(", ") || "unknown: give --mesh-cidr to have the fence protect them",
     ],
     ["Envoy", envoy],
-    ["token", bundle.token === undefined ? "none in the bundle" : "from the bundle"],
+    ["token", bundle.token === undefined ? "none in the bundle" : "in the bundle"],
   ];
   for (const [name, value] of rows) say(`  ${name.padEnd(14)}${value}`);
 }

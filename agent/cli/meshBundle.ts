@@ -1,14 +1,17 @@
 import { VmmeshError } from "../core/errors.ts";
-import { type MadeBundle, makeBundle } from "../kube/bundle.ts";
-import { KubeClient } from "../kube/client.ts";
+import { type MadeBundle, makeBundle, readMesh } from "../kube/bundle.ts";
+import { KubeClient, type KubeObject } from "../kube/client.ts";
 import { loadKubeconfig } from "../kube/kubeconfig.ts";
+import { parseLabels } from "../kube/labels.ts";
 import { type Choice, ensureMeshObjects, type MeshDeed } from "../kube/meshObjects.ts";
 import { parsePorts } from "../kube/ports.ts";
+import type { Bundle } from "../mesh/types.ts";
 import type { Options } from "./commands.ts";
 import { type Context, list, number, say, text } from "./context.ts";
 
 export interface FromCluster {
-  readonly bundle: MadeBundle | undefined;
+  /** Without a token when it was only a rehearsal. */
+  readonly bundle: Bundle & Partial<Pick<MadeBundle, "tokenExpires">>;
   readonly choices: readonly Choice[];
   readonly deeds: readonly MeshDeed[];
 }
@@ -17,7 +20,7 @@ export interface FromCluster {
  * What the Kubernetes API gives: objects made where they are missing, and a bundle. The kubeconfig is read, used, and
  * not kept.
  *
- * @param rehearse makes nothing; then there may be no bundle yet
+ * @param rehearse makes nothing and mints no token
  * @throws {VmmeshError} USAGE, PORT_WITHOUT_PROTOCOL, KUBECONFIG_*, KUBE_*
  */
 export async function bundleFromCluster(
@@ -36,7 +39,7 @@ export async function bundleFromCluster(
     return (value === undefined ? {} : { [key]: value }) as { [P in K]?: string };
   };
   const parsedPorts = parsePorts(list(options, "port"));
-  const labels = Object.fromEntries(list(options, "labels").map(labelOf));
+  const labels = parseLabels(list(options, "labels"));
   const access = await loadKubeconfig(host, {
     ...optional("path", "kubeconfig"),
     ...optional("context", "context"),
@@ -48,42 +51,37 @@ export async function bundleFromCluster(
   for (const warning of access.warnings) say(`warning: ${warning}`);
 
   await using client = new KubeClient(access);
-  const outcome = await ensureMeshObjects(
-    client,
-    {
-      namespace,
-      hostname: given.hostname,
-      ports: parsedPorts,
-      labels,
-      ...optional("workloadGroup", "workload-group"),
-      ...optional("serviceAccount", "service-account"),
-      ...optional("service", "service"),
-      ...optional("network", "network"),
-    },
-    { rehearse: given.rehearse },
-  );
-  if (given.rehearse && outcome.deeds.some(({ did }) => did === "missing")) {
-    return { bundle: undefined, choices: outcome.choices, deeds: outcome.deeds };
-  }
-  const bundle = await makeBundle(client, {
-    group: outcome.group,
+  const request = {
+    namespace,
+    hostname: given.hostname,
+    ports: parsedPorts,
     labels,
-    tokenSeconds: number(options, "token-duration"),
+    ...optional("workloadGroup", "workload-group"),
+    ...optional("serviceAccount", "service-account"),
+    ...optional("service", "service"),
+    ...optional("network", "network"),
+  };
+  const readRequest = (group: KubeObject) => ({
+    group,
+    labels,
     ...optional("network", "network"),
     ...optional("revision", "revision"),
     ...optional("clusterId", "cluster-id"),
     ...optional("istiodAddress", "istiod-address"),
     ...(given.ip === undefined ? {} : { internalIp: given.ip }),
   });
-  return { bundle, choices: [...outcome.choices, ...bundle.choices], deeds: outcome.deeds };
-}
-
-function labelOf(item: string): readonly [string, string] {
-  const at = item.indexOf("=");
-  if (at > 0) return [item.slice(0, at), item.slice(at + 1)];
-  throw new VmmeshError("USAGE", `--labels: \`${item}\` is not KEY=VALUE`, {
-    next: "Write --labels app=details,version=v1.",
+  // Everything is read and judged before anything is made: a missing right leaves the cluster as it was.
+  const planned = await ensureMeshObjects(client, request, { rehearse: true });
+  const mesh = await readMesh(client, readRequest(planned.group));
+  if (given.rehearse) {
+    return { bundle: mesh, choices: [...planned.choices, ...mesh.choices], deeds: planned.deeds };
+  }
+  const { group, deeds } = await ensureMeshObjects(client, request);
+  const bundle = await makeBundle(client, {
+    ...readRequest(group),
+    tokenSeconds: number(options, "token-duration"),
   });
+  return { bundle, choices: [...planned.choices, ...bundle.choices], deeds };
 }
 
 /** What was chosen and why, and what was made: one line each. */

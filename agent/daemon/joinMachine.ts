@@ -42,7 +42,11 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
           },
         );
       }
-      const svid = await enroll(host, { ca, spiffe, credential: { kind: "token", token } }, signal);
+      const svid = await enroll(
+        host,
+        { ca, spiffe, credential: { kind: "token", token }, ttlMs: workload.certificateTtlMs },
+        signal,
+      );
       await storeSvid(host.files, paths.identity, svid, owners.agent);
     },
     async awaitReady(withinMs, signal) {

@@ -282,6 +282,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               host,
               ca,
               spiffe,
+              ttlMs: workload.certificateTtlMs,
               folder: paths.identity,
               tokenFile: paths.token,
               conditions,
@@ -402,9 +403,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                 return metrics.render();
               },
               envoyAdminSocket: paths.envoyAdminSocket,
-              app: parseAppTargets(
-                workload.meta["PROMETHEUS_ANNOTATIONS"] ?? deps.env["ISTIO_PROMETHEUS_ANNOTATIONS"],
-              ),
+              app: parseAppTargets(workload.appMetrics),
               waitingFor,
               onScrape: () => metrics.scrapes.inc(),
               onFailure: (part) => metrics.scrapeFailures.inc({ type: part }),

@@ -1,18 +1,16 @@
 import { VmmeshError as Failure, type VmmeshError } from "../core/errors.ts";
-import { MINUTE_MS, SECOND_MS } from "../core/time.ts";
+import { DAY_MS, MINUTE_MS, SECOND_MS } from "../core/time.ts";
 import { type GrpcTarget, unary } from "../platform/grpc.ts";
 import type { Host } from "../platform/host.ts";
 import { readCertificateResponse, writeCertificateRequest } from "../proto/istio.ts";
 import { type KeyKind, makeCsr, makeKey } from "./csr.ts";
+import { BACKDATED_MS } from "./renew.ts";
 import { type Svid, svidFrom } from "./svid.ts";
 import { checkToken, clockOff, expiredError, readToken, tokenExpired } from "./token.ts";
 
 const CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 const TIMEOUT_MS = 15 * SECOND_MS;
-/** istiod backdates certificates by this (ch. 3.5 of its protocol): the CA's clock is notBefore plus two minutes. */
-const BACKDATED_MS = 2 * MINUTE_MS;
 const CLOCK_TOLERANCE_MS = 10 * MINUTE_MS;
-const DAY_SECONDS = 24 * 60 * 60;
 
 /** Where the CA is, without credentials. */
 export interface CaTarget {
@@ -32,6 +30,8 @@ export interface EnrollOptions {
   readonly ca: CaTarget;
   readonly spiffe: string;
   readonly credential: Credential;
+  /** Lifetime to ask for, milliseconds; the CA may grant less, and refuses more than it allows. Default one day. */
+  readonly ttlMs?: number;
   readonly keyKind?: KeyKind;
 }
 
@@ -51,7 +51,11 @@ export async function enroll(
   if (facts !== undefined) checkToken(facts, host.clock.now());
 
   const key = makeKey(options.keyKind ?? "ecdsa-p256");
-  const request = writeCertificateRequest(makeCsr(key, options.spiffe), DAY_SECONDS, "");
+  const request = writeCertificateRequest(
+    makeCsr(key, options.spiffe),
+    (options.ttlMs ?? DAY_MS) / SECOND_MS,
+    "",
+  );
   const answer = await firstThatAnswers(ca.addresses, (address) =>
     unary(targetOf(ca, address, credential), CREATE_CERTIFICATE, request, TIMEOUT_MS, signal),
   ).catch((thrown: unknown) => {

@@ -201,7 +201,8 @@ describe("a token before it is used", () => {
 });
 
 describe("renewIn", () => {
-  const day = { notBefore: new Date("2026-11-22T00:00:00Z"), notAfter: new Date("2026-11-23T00:00:00Z") };
+  // As istiod signs it: two minutes back.
+  const day = { notBefore: new Date("2026-11-21T23:58:00Z"), notAfter: new Date("2026-11-23T00:00:00Z") };
   test.for([
     {
       name: "fresh, no jitter: half the lifetime",
@@ -225,6 +226,21 @@ describe("renewIn", () => {
     },
   ])("$name", ({ now, random, want }) => {
     expect(renewIn(day, new Date(now), () => random)).toBeCloseTo(want, -3);
+  });
+  // The first build took the backdated date for the beginning and renewed 60-second certificates without a pause.
+  test("a certificate of one minute, backdated by two, is renewed after half a minute", () => {
+    const signed = new Date("2026-11-22T00:00:00Z");
+    const minute = {
+      notBefore: new Date(signed.getTime() - 120_000),
+      notAfter: new Date(signed.getTime() + 60_000),
+    };
+    expect(renewIn(minute, signed, () => 0)).toBe(30_000);
+  });
+  test("a certificate of one minute of a CA that does not backdate, too", () => {
+    const signed = new Date("2026-11-22T00:00:00Z");
+    expect(
+      renewIn({ notBefore: signed, notAfter: new Date(signed.getTime() + 60_000) }, signed, () => 0),
+    ).toBe(30_000);
   });
   test("a certificate that ends before it begins is none", () => {
     const { notBefore, notAfter } = day;

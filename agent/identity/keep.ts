@@ -14,6 +14,7 @@ export interface KeepDeps {
   /** Resolved anew for each attempt: addresses may change. */
   ca(): Promise<CaTarget>;
   readonly spiffe: string;
+  readonly ttlMs?: number;
   /** Folder of `storeSvid`. */
   readonly folder: string;
   /** Read anew for each attempt: an operator may put a fresh token there. */
@@ -35,6 +36,7 @@ export interface IdentityStatus {
 
 /** The wall clock may jump and the machine may sleep: how long a wait goes on without looking at it. */
 const LOOK_EVERY_MS = 15 * SECOND_MS;
+const LEAST_PAUSE_MS = 5 * SECOND_MS;
 const RETRY = { firstMs: SECOND_MS, capMs: 5 * MINUTE_MS, factor: 2, jitter: 0.3 };
 const CONDITION = "identity-not-renewed";
 
@@ -48,13 +50,8 @@ export function chooseCredential(
   roots: string,
   now: Date,
 ): Credential | undefined {
-  if (
-    svid !== undefined &&
-    svid.notAfter > now &&
-    svid.notBefore <= now &&
-    (isOfRoots(svid, roots) || isOfRoots(svid, svid.roots))
-  ) {
-    if (isOfRoots(svid, roots)) return { kind: "certificate", svid };
+  if (svid !== undefined && svid.notAfter > now && svid.notBefore <= now && isOfRoots(svid, roots)) {
+    return { kind: "certificate", svid };
   }
   if (token === undefined) return undefined;
   return { kind: "token", token };
@@ -104,6 +101,8 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       deps.onRenewed(svid);
       waits = backoff(uniform, RETRY);
       jitter = uniform();
+      // Whatever dates a CA writes, it is not asked in a loop.
+      await clock.sleep(LEAST_PAUSE_MS, signal).catch(() => undefined);
     } catch (thrown) {
       if (signal.aborted) return;
       const error = VmmeshError.from(thrown);
@@ -148,5 +147,6 @@ async function attempt(deps: KeepDeps, held: Svid | undefined, signal: AbortSign
       next: "Make a new bundle (`vmmesh bundle create`), then run `vmmesh leave` and `vmmesh join --bundle …`.",
     });
   }
-  return enroll(deps.host, { ca, spiffe: deps.spiffe, credential }, signal);
+  const ttl = deps.ttlMs === undefined ? {} : { ttlMs: deps.ttlMs };
+  return enroll(deps.host, { ca, spiffe: deps.spiffe, credential, ...ttl }, signal);
 }

@@ -408,8 +408,26 @@ function clusterEnvOf(facts: GroupFacts, proxyConfig: ProxyConfig): Map<string, 
       ...(facts.revisionedAddress === undefined ? {} : { CA_ADDR: facts.revisionedAddress }),
       ...(ip === undefined ? {} : { ISTIO_SVC_IP: ip }),
       ...(request.externalIp === undefined ? {} : { REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION: "true" }),
+      ...scrapeOf(request.group),
     }),
   );
+}
+
+/**
+ * The group's prometheus.io annotations as Istio's agent reads them. istioctl leaves them out and its machines' own metrics
+ * are not scraped; without the annotations our bundle stays equal to istioctl's.
+ */
+function scrapeOf(group: KubeObject): Record<string, string> {
+  const annotations = textMapOf(fieldsOf(fieldsOf(group.spec)["metadata"])["annotations"]);
+  if (annotations["prometheus.io/scrape"] !== "true") return {};
+  const { "prometheus.io/port": port, "prometheus.io/path": path } = annotations;
+  return {
+    ISTIO_PROMETHEUS_ANNOTATIONS: JSON.stringify({
+      scrape: "true",
+      ...(port === undefined ? {} : { port }),
+      ...(path === undefined ? {} : { path }),
+    }),
+  };
 }
 
 function excludedPorts(statusPort: unknown): number[] {

@@ -13,6 +13,8 @@ export interface SidecarSettings {
   readonly outboundCidrs?: readonly string[];
   readonly outboundExcludeCidrs?: readonly string[];
   readonly outboundExcludePorts?: readonly number[];
+  readonly appMetrics?: string;
+  readonly certificateTtl?: string;
 }
 
 interface SidecarKey {
@@ -59,6 +61,15 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   VMMESH_INSTANCE_NAME: {
     setting: "instanceName",
     comment: "Name of this machine in the mesh. Unset: its host name.",
+  },
+  ISTIO_PROMETHEUS_ANNOTATIONS: {
+    setting: "appMetrics",
+    comment:
+      'The application\'s own metrics, merged into port 15020: {"scrape":"true","port":"9090","path":"/metrics"}. Unset: none.',
+  },
+  SECRET_TTL: {
+    setting: "certificateTtl",
+    comment: "Lifetime of the certificate to ask for, a minute or more. Unset: 24h.",
   },
   VMMESH_ENVOY: {
     setting: "envoyPath",

@@ -85,6 +85,10 @@ export interface Workload {
   readonly probeHost: string;
   readonly proxyConfig: ProxyConfig;
   readonly envoyPath: string;
+  /** Where the application's own metrics are, as Istio's JSON of the prometheus.io annotations; undefined: not scraped. */
+  readonly appMetrics: string | undefined;
+  /** Lifetime to ask the CA for, in milliseconds; istiod may grant less. */
+  readonly certificateTtlMs: number;
   /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */
   readonly meta: Readonly<Record<string, string>>;
   /** `ISTIO_METAJSON_*` keys but LABELS, without the prefix; the members of each land at the top level of the metadata. */

@@ -1,6 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import { ipFamily, isRoutable, parseCidr, parseHostPort } from "../core/net.ts";
 import { PORTS } from "../core/paths.ts";
+import { DAY_MS, MINUTE_MS, parseDuration } from "../core/time.ts";
 import type { Net } from "../platform/host.ts";
 import { parseProbe } from "./probe.ts";
 import type { ProxyConfig, Workload, WorkloadPort } from "./types.ts";
@@ -102,9 +103,26 @@ export function workloadOf(input: WorkloadInput): Workload {
     proxyConfig,
     // Never `binaryPath` of the ProxyConfig: the mesh does not say what a machine runs.
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
+    appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
+    certificateTtlMs: certificateTtlOf(env),
     meta,
     metaJson,
   };
+}
+
+/** SECRET_TTL, as Istio's agent reads it. @throws {VmmeshError} CONFIG_MALFORMED if it is no duration of a minute or more */
+function certificateTtlOf(env: Env): number {
+  const text = env.get("SECRET_TTL") ?? "";
+  if (text === "") return DAY_MS;
+  const ms = parseDuration(text);
+  if (ms === undefined || ms < MINUTE_MS) {
+    throw malformed(
+      "SECRET_TTL",
+      env.file("SECRET_TTL"),
+      `is \`${text}\`, not a duration of a minute or more such as 24h`,
+    );
+  }
+  return ms;
 }
 
 /** Both files as one: what the machine says wins; keys of vmmesh itself are the machine's alone. */
