@@ -1,5 +1,5 @@
 import { createSign } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { build, envoyVersion, isBuilt } from "./build.ts";
 import {
   inNetns,
@@ -125,12 +125,15 @@ export class Lab {
     await this.startIstiod(env);
   }
 
-  /** A real Prometheus that scrapes `targets` (HOST:PORT) at /stats/prometheus, every second unless told otherwise. */
+  /** A real Prometheus that scrapes `targets` (HOST:PORT) at /stats/prometheus, and has scraped each once. */
   async prometheus(
     targets: readonly string[],
     scrapeIntervalMs = 1000,
   ): Promise<{ query(promql: string): Promise<number | undefined>; stop(): Promise<void> }> {
     const at = `${folderOf(this.id)}/prometheus`;
+    await stop(this.id, "prometheus");
+    // Samples of an earlier test would be in the answers of this one.
+    rmSync(at, { recursive: true, force: true });
     mkdirSync(at, { recursive: true });
     const job = { job_name: "vms", metrics_path: "/stats/prometheus", static_configs: [{ targets }] };
     writeFileSync(
@@ -140,7 +143,6 @@ export class Lab {
         scrape_configs: [job],
       }),
     );
-    await stop(this.id, "prometheus");
     start(
       this.id,
       "prometheus",
@@ -154,6 +156,13 @@ export class Lab {
     const ask = (path: string) =>
       this.exec(["curl", "-sf", "-m", "5", `http://127.0.0.1:9099${path}`], { allowFail: true });
     await waitFor("Prometheus", async () => ((await ask("/-/ready")).code === 0 ? true : undefined), 30_000);
+    // It looks for its targets every 5 s; a target's health is unknown until its first scrape.
+    await waitFor("the first scrape", async () => {
+      const { stdout } = await ask("/api/v1/targets");
+      const { data } = JSON.parse(stdout) as { data: { activeTargets: { health: string }[] } };
+      const scraped = data.activeTargets.filter(({ health }) => health !== "unknown");
+      return scraped.length === targets.length ? true : undefined;
+    });
     return {
       query: async (promql) => {
         const { stdout } = await ask(`/api/v1/query?query=${encodeURIComponent(promql)}`);
