@@ -262,8 +262,8 @@ export class Lab {
       .map(({ name }) => name.slice("machine-".length));
     for (const name of new Set([...Object.keys(readState(this.id).machines), ...unrecorded]))
       await removeMachine(this.id, name);
-    // The other way round than they were started.
-    for (const { name } of [...readState(this.id).processes].reverse()) await stop(this.id, name);
+    // The other way round than they were started; their data goes too, so they need not end in order.
+    for (const { name } of [...readState(this.id).processes].reverse()) await stop(this.id, name, 1000);
     // The namespace is the lab's own: whatever still runs in it was started by the lab, and killed before it was recorded.
     const { stdout } = await sh(["ip", "netns", "pids", netnsOf(this.id)], { allowFail: true });
     for (const pid of stdout.split("\n").filter(Boolean).map(Number))
