@@ -56,11 +56,13 @@ export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
-/** When a process began, in the kernel's ticks since boot (proc(5), field 22 of stat); undefined if there is none of this pid. */
+/** When a process began, in the kernel's ticks since boot (proc(5), field 22 of stat); undefined if none of this pid runs. */
 export function startTimeOf(pid: number): string | undefined {
   try {
     const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    return stat.slice(stat.lastIndexOf(")") + 2).split(" ")[19];
+    const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+    // A zombie has ended; whoever adopted it may take seconds to notice.
+    return fields[0] === "Z" || fields[0] === "X" ? undefined : fields[19];
   } catch {
     return undefined;
   }
