@@ -44,8 +44,11 @@ export async function apply(options: Options): Promise<number> {
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
   const machine = joinMachine(context.host, context.paths, owners, services);
-  await machine.installRules(number(options, "confirm-within") * SECOND_MS, untilInterrupted());
-  print(wantsJson(options) ? { applied: true } : "applied and confirmed");
+  const { appliedInMs } = await machine.installRules(
+    number(options, "confirm-within") * SECOND_MS,
+    untilInterrupted(),
+  );
+  print(wantsJson(options) ? { applied: true, appliedInMs } : "applied and confirmed");
   return 0;
 }
 

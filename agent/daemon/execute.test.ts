@@ -63,7 +63,10 @@ function fakeMachine(start: Record<string, string> = {}): {
       await files.writeAtomic(`${PATHS.identity}/key.pem`, "KEY", { mode: 0o600 });
     },
     awaitReady: async () => void log.push("await-ready"),
-    installRules: async () => void log.push("install-rules"),
+    installRules: async () => {
+      log.push("install-rules");
+      return { appliedInMs: 1 };
+    },
     removeRules: async () => void log.push("remove-rules"),
   };
   return { machine, files, units, log };

@@ -14,7 +14,8 @@ export interface Machine {
   readonly services: Services;
   enroll(signal: AbortSignal): Promise<void>;
   awaitReady(withinMs: number, signal: AbortSignal): Promise<void>;
-  installRules(confirmWithinMs: number, signal: AbortSignal): Promise<void>;
+  /** `appliedInMs`: from the start of applying to the last table in force, without tests before and checks after. */
+  installRules(confirmWithinMs: number, signal: AbortSignal): Promise<{ readonly appliedInMs: number }>;
   removeRules(): Promise<void>;
 }
 
@@ -61,7 +62,9 @@ const EXECUTORS: { readonly [K in keyof StepArgs]: Executor<StepArgs[K]> } = {
   },
   "install-rules": {
     undo: async () => ({ do: "remove-rules" }),
-    run: ({ confirmWithinMs }, machine, signal) => machine.installRules(confirmWithinMs, signal),
+    async run({ confirmWithinMs }, machine, signal) {
+      await machine.installRules(confirmWithinMs, signal);
+    },
   },
 };
 

@@ -96,6 +96,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       }
       await trial.confirm();
       await writeCaptureState(host, paths, { inForce: true, ...captureWords(workload) });
+      return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
       const report = await removeCapture(host, paths.rules);
