@@ -456,12 +456,11 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     },
     signal,
   );
-  const announce = gates.ready().then(async () => {
+  void gates.ready().then(async () => {
     log.info("ready", { spiffe, version: VERSION });
-    await notifier.tell({ ready: true, status: `${spiffe}` });
+    await notifier.tell({ ready: true, status: spiffe });
   });
   await tasks;
-  await announce.catch(() => undefined);
   await notifier.tell({ stopping: true });
 }
 
