@@ -7,7 +7,8 @@ import { waitFor } from "./sh.ts";
 
 /**
  * The peer's agent as its own service. It reads the bundle's `cluster.env`; paths are relative to "/" as in its start
- * script. Its standard output must be a file that its user may open, because Envoy opens /dev/stdout for the access log.
+ * script. Unless told which iptables to use, istio-iptables looks at both, by which the kernel gets legacy tables; its next
+ * call then finds them and cleans or fills those, whatever the first has put into nft. Its standard output must be a file that its user may open, because Envoy opens /dev/stdout for the access log.
  */
 const UNIT = `[Unit]
 Description=The peer: pilot-agent with a stock Envoy
@@ -15,7 +16,7 @@ After=network.target
 [Service]
 EnvironmentFile=/var/lib/istio/envoy/cluster.env
 Environment=POD_NAME=%H INSTANCE_IP=@IP@ PROV_CERT=/etc/certs OUTPUT_CERTS=/etc/certs ENVOY_USER=istio-proxy
-Environment=CA_ADDR=istiod.istio-system.svc:15012
+Environment=CA_ADDR=istiod.istio-system.svc:15012 FORCE_IPTABLES_BINARY=nft
 WorkingDirectory=/
 ExecStartPre=+/usr/local/bin/pilot-agent istio-iptables
 ExecStart=/usr/local/bin/pilot-agent proxy --concurrency 2
@@ -29,6 +30,10 @@ TimeoutStopSec=30s
 [Install]
 WantedBy=multi-user.target
 `;
+
+/** What the service does before it starts, alone: the peer's own program makes its rules from the bundle. */
+export const PEER_RULES =
+  "set -a; . /var/lib/istio/envoy/cluster.env; FORCE_IPTABLES_BINARY=nft; exec /usr/local/bin/pilot-agent istio-iptables";
 
 const FOLDERS = [
   "/etc/certs",
