@@ -11,7 +11,6 @@ import {
 } from "node:fs";
 import { exclusively } from "./lock.ts";
 import {
-  BASE,
   CACHE,
   CRDS,
   ENVOY,
@@ -23,6 +22,8 @@ import {
   KUBE_BIN,
   KUBERNETES,
   PEER_BOOTSTRAP,
+  RELEASE,
+  treeOf,
 } from "./parts.ts";
 import { say, sh } from "./sh.ts";
 
@@ -40,6 +41,11 @@ const DEBIAN = [
   "openssl",
   "procps",
   "unzip",
+  // For tests that look from outside a machine.
+  "bind9-dnsutils",
+  "ipset",
+  "socat",
+  "tcpdump",
 ];
 const PROGRAMS = [
   "etcd",
@@ -53,6 +59,10 @@ const PROGRAMS = [
   "ip",
   "curl",
   "openssl",
+  "dig",
+  "ipset",
+  "socat",
+  "tcpdump",
 ];
 /** What a machine of the lab has beside Debian's minimum. */
 const IN_MACHINE = [
@@ -137,8 +147,19 @@ async function buildAll(): Promise<void> {
     }
   });
   await envoy(ENVOY);
-  await part(BASE, "a Debian tree for the machines (1 minute)", async (to) => {
-    await sh(["debootstrap", "--variant=minbase", `--include=${IN_MACHINE.join(",")}`, "bookworm", to]);
+  await debian(RELEASE);
+}
+
+/** Path of the tree that machines of this release are laid over, made if it is missing. */
+export async function machineTree(release: string): Promise<string> {
+  if (!/^[a-z]+$/.test(release)) throw new Error(`${release} is no name of a Debian release`);
+  if (!existsSync(treeOf(release))) await exclusively("build", () => debian(release));
+  return treeOf(release);
+}
+
+async function debian(release: string): Promise<void> {
+  await part(treeOf(release), `a tree of Debian ${release} for the machines (1 minute)`, async (to) => {
+    await sh(["debootstrap", "--variant=minbase", `--include=${IN_MACHINE.join(",")}`, release, to]);
     await sh(["chroot", to, "apt-get", "clean"]);
     await sh(["chroot", to, "systemctl", "disable", "ssh.service"], { allowFail: true });
     rmSync(`${to}/etc/machine-id`, { force: true });
@@ -251,7 +272,7 @@ async function part(path: string, what: string, make: (to: string) => Promise<vo
 }
 
 export function isBuilt(): boolean {
-  return [ISTIO_BIN, KUBE_BIN, CRDS, PEER_BOOTSTRAP, BASE].every((path) => existsSync(path));
+  return [ISTIO_BIN, KUBE_BIN, CRDS, PEER_BOOTSTRAP, treeOf(RELEASE)].every((path) => existsSync(path));
 }
 
 /** Version of the stock Envoy, as the binary itself says it. */

@@ -1,4 +1,5 @@
-import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
 import { exclusively } from "./lock.ts";
 import { ADDRESS, CRDS, ISTIO_BIN, KUBE_BIN, SERVICE_RANGE } from "./parts.ts";
 import { type Output, type ShOptions, say, sh, waitFor } from "./sh.ts";
@@ -34,6 +35,8 @@ async function bringUp(id: string, options: { istiodDefaults?: boolean }): Promi
     options.istiodDefaults === undefined || JSON.stringify(istiodEnvOf(id)) === JSON.stringify(env);
   if (isRunning(id, "istiod") && !asWanted) await stopIstiod(id);
   if (!isRunning(id, "istiod")) await startIstiod(id, env);
+  // An `up` that was killed may have left it on its way.
+  else await istiodReady(id);
   if (!isRunning(id, "dnsmasq")) {
     const records = [
       "--address=/outside.lab/10.99.0.2",
@@ -75,7 +78,10 @@ async function network(id: string): Promise<void> {
 async function kubernetes(id: string): Promise<void> {
   const at = folderOf(id);
   const prepared = `${at}/prepared`;
-  if (isRunning(id, "kube-apiserver") && isRunning(id, "etcd") && existsSync(prepared)) return;
+  // Of what is applied: a lab that an older checkout has brought up gets what is new.
+  const wanted = createHash("sha256").update(MESH).digest("hex");
+  const done = existsSync(prepared) && readFileSync(prepared, "utf8") === wanted;
+  if (isRunning(id, "kube-apiserver") && isRunning(id, "etcd") && done) return;
   await certificates(at);
   say("starting etcd and kube-apiserver");
   const etcd = "http://127.0.0.1:2379";
@@ -140,7 +146,7 @@ async function kubernetes(id: string): Promise<void> {
     patch,
   ]);
   // Last: an `up` that was killed before this does it all again.
-  writeFileSync(prepared, "");
+  writeFileSync(prepared, wanted);
 }
 
 async function certificates(at: string): Promise<void> {
@@ -246,6 +252,10 @@ export async function startIstiod(id: string, env: Readonly<Record<string, strin
       ...env,
     },
   );
+  await istiodReady(id);
+}
+
+async function istiodReady(id: string): Promise<void> {
   const ready = inNetns(id, [
     "curl",
     "-s",
@@ -347,7 +357,8 @@ kind: Role
 metadata: {name: joiner, namespace: default}
 rules:
 - {apiGroups: [networking.istio.io], resources: [workloadgroups], verbs: [get, create, update]}
-- {apiGroups: [""], resources: [serviceaccounts, services], verbs: [get, create, update]}
+- {apiGroups: [""], resources: [services], verbs: [get, create, update]}
+- {apiGroups: [""], resources: [serviceaccounts], verbs: [get, create]}
 - {apiGroups: [""], resources: [serviceaccounts/token], verbs: [create]}
 - {apiGroups: [""], resources: [configmaps], verbs: [get]}
 ---
@@ -361,7 +372,8 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata: {name: joiner, namespace: istio-system}
 rules:
-- {apiGroups: [""], resources: [configmaps, services], verbs: [get]}
+- {apiGroups: [""], resources: [configmaps], resourceNames: [istio, istio-sidecar-injector], verbs: [get]}
+- {apiGroups: [""], resources: [services], resourceNames: [istio-eastwestgateway], verbs: [get]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding

@@ -1,4 +1,4 @@
-import { createSign } from "node:crypto";
+import { createHash, createPublicKey, createSign } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { build, envoyVersion, isBuilt } from "./build.ts";
 import {
@@ -12,7 +12,7 @@ import {
   up,
 } from "./controlplane.ts";
 import { exclusively } from "./lock.ts";
-import { bootMachine, Machine, type MachineOptions, removeMachine } from "./machine.ts";
+import { bootMachine, initOf, Machine, type MachineOptions, removeMachine } from "./machine.ts";
 import { ADDRESS, ISTIO_BIN } from "./parts.ts";
 import { type Output, type ShOptions, say, sh, sleep, startTimeOf, waitFor } from "./sh.ts";
 import { changeState, end, folderOf, isRunning, readState, removeState, start, stop } from "./state.ts";
@@ -25,6 +25,11 @@ export interface Versions {
   readonly kubernetes: string;
 }
 
+const stateOf = (id: string, name: string): string => {
+  const init = initOf(id, name);
+  return init === undefined ? "down" : `running, pid ${init}`;
+};
+
 /** A real mesh on this machine, as tests use it: `await Lab.open()`. */
 export class Lab {
   readonly id: string;
@@ -35,7 +40,16 @@ export class Lab {
     this.id = id;
   }
 
-  /** Brings up what is not up. @throws {Error} if not root, or not built */
+  /** Name of the network namespace of the control plane and of the bridge, for `ip netns exec`. */
+  get netns(): string {
+    return netnsOf(this.id);
+  }
+
+  /**
+   * Brings up what is not up, and builds what is not built.
+   * @param options.istiodDefaults true: istiod as it comes; false: as a stock Envoy needs it; left out: as it runs
+   * @throws {Error} if not root
+   */
   static async open(options: { id?: string; istiodDefaults?: boolean } = {}): Promise<Lab> {
     if (process.getuid?.() !== 0)
       throw new Error("the lab needs root: it makes network namespaces and boots machines");
@@ -120,6 +134,10 @@ export class Lab {
     return startIstiod(this.id, env);
   }
 
+  /**
+   * @param env takes the place of all that was set, the settings for a stock Envoy included; as it was if left out.
+   * It stays so for who opens the lab next: `Lab.open({ istiodDefaults: false })` goes back to those settings.
+   */
   async restartIstiod(env?: Readonly<Record<string, string>>): Promise<void> {
     await this.stopIstiod();
     await this.startIstiod(env);
@@ -203,13 +221,24 @@ export class Lab {
     return readState(this.id).processes.find((it) => it.name === name)?.pid ?? 0;
   }
 
-  /** A service account token of the lab's own signing; TokenRequest grants none that has ended. */
-  signToken(claims: {
+  /**
+   * A service account token of the lab's own signing; TokenRequest grants none that has ended. Key id and account are the
+   * real ones, so that a token is refused for its time alone.
+   * @throws {Error} if there is no such service account
+   */
+  async signToken(claims: {
     namespace: string;
     serviceAccount: string;
     audience?: string;
     expiresInSec: number;
-  }): string {
+  }): Promise<string> {
+    const account = ["get", "serviceaccount", claims.serviceAccount, "-n", claims.namespace];
+    const { stdout: uid } = await this.kubectl([...account, "-o", "jsonpath={.metadata.uid}"]);
+    const key = readFileSync(`${folderOf(this.id)}/sa.key`);
+    // As Kubernetes names its keys (pkg/serviceaccount/jwt.go, keyIDFromPublicKey); it tries no key of another name.
+    const kid = createHash("sha256")
+      .update(createPublicKey(key).export({ type: "spki", format: "der" }))
+      .digest("base64url");
     const now = Math.floor(Date.now() / 1000);
     const payload = {
       iss: "https://kubernetes.default.svc",
@@ -220,28 +249,29 @@ export class Lab {
       exp: now + claims.expiresInSec,
       "kubernetes.io": {
         namespace: claims.namespace,
-        serviceaccount: { name: claims.serviceAccount, uid: "lab" },
+        serviceaccount: { name: claims.serviceAccount, uid },
       },
     };
     const part = (value: object): string => Buffer.from(JSON.stringify(value)).toString("base64url");
-    const text = `${part({ alg: "RS256", kid: "lab" })}.${part(payload)}`;
-    return `${text}.${createSign("RSA-SHA256")
-      .update(text)
-      .sign(readFileSync(`${folderOf(this.id)}/sa.key`))
-      .toString("base64url")}`;
+    const text = `${part({ alg: "RS256", kid })}.${part(payload)}`;
+    return `${text}.${createSign("RSA-SHA256").update(text).sign(key).toString("base64url")}`;
   }
 
-  status(): string {
+  /** Processes, machines, and the versions of what runs. */
+  async status(): Promise<string> {
     const { processes, machines } = readState(this.id);
     const rows = processes.map(
       ({ name, pid }) => `${name.padEnd(22)} ${isRunning(this.id, name) ? `running, pid ${pid}` : "dead"}`,
     );
     const vms = Object.entries(machines).map(
       ([name, { number, envoy }]) =>
-        `machine ${name.padEnd(14)} ${ADDRESS.machine(number)}  ${ADDRESS.machine6(number)}  Envoy ${envoy}`,
+        `machine ${name.padEnd(14)} ${ADDRESS.machine(number)}  ${ADDRESS.machine6(number)}  Envoy ${envoy}  ${stateOf(this.id, name)}`,
     );
+    const runs = isRunning(this.id, "istiod") && isRunning(this.id, "kube-apiserver");
+    const versions = runs ? await this.versions() : undefined;
     return [
       `lab ${this.id}: ${processes.length === 0 ? "down" : `namespace ${netnsOf(this.id)}`}`,
+      ...(versions === undefined ? [] : [`istiod ${versions.istiod}, Kubernetes ${versions.kubernetes}`]),
       ...rows,
       ...vms,
     ].join("\n");

@@ -20,8 +20,10 @@ function take(name: string): boolean {
     if (pid !== undefined && startTimeOf(Number(pid)) !== startTime) {
       try {
         renameSync(path, own);
+        // Another waiter was quicker, and this is the lock of a living one already: it is put back.
+        if (holderOf(own).join() !== [pid, startTime].join()) linkSync(own, path);
       } catch {
-        // Another waiter was quicker.
+        // Another waiter has removed it.
       }
     }
     return false;

@@ -1,9 +1,18 @@
-import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { envoy } from "./build.ts";
+import { randomUUID } from "node:crypto";
+import {
+  chmodSync,
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { envoy, machineTree } from "./build.ts";
 import { netnsOf } from "./controlplane.ts";
 import { exclusively } from "./lock.ts";
-import { ADDRESS, BASE, ENVOY, ISTIO_BIN, KUBE_BIN } from "./parts.ts";
-import { type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
+import { ADDRESS, ENVOY, ISTIO_BIN, KUBE_BIN, RELEASE } from "./parts.ts";
+import { childrenOf, type Output, type ShOptions, say, sh, sleep, waitFor } from "./sh.ts";
 import {
   changeState,
   folderOf,
@@ -20,6 +29,8 @@ export interface MachineOptions {
   readonly deb?: string;
   /** Version of the stock Envoy at /usr/local/bin/envoy; "none" leaves it out. */
   readonly envoy?: string;
+  /** Debian's release; "bookworm" if none is named. A tree that is missing is made first, in a minute. */
+  readonly release?: string;
 }
 
 /** A real systemd machine: an overlay over the Debian tree, PID 1 by systemd-nspawn, a leg in the lab's bridge. */
@@ -54,7 +65,7 @@ export class Machine {
   }
 
   /** Runs argv, or a line for /bin/sh, in the machine as root. */
-  exec(command: string | readonly string[], options: ShOptions = {}): Promise<Output> {
+  exec(command: string | readonly string[], { env = {}, ...options }: ShOptions = {}): Promise<Output> {
     const argv = typeof command === "string" ? ["/bin/sh", "-c", command] : command;
     return sh(
       [
@@ -67,6 +78,7 @@ export class Machine {
         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME=/root",
         "LC_ALL=C.UTF-8",
+        ...Object.entries(env).map(([name, value]) => `${name}=${value}`),
         ...argv,
       ],
       { timeoutMs: 120_000, ...options },
@@ -84,6 +96,8 @@ export class Machine {
     const target = this.#inside(path);
     mkdirSync(target.slice(0, target.lastIndexOf("/")), { recursive: true });
     writeFileSync(target, data, { mode });
+    // The mode above is cut by the umask, and is nothing to a file that was there.
+    chmodSync(target, mode);
   }
 
   getFile(path: string): string {
@@ -169,14 +183,6 @@ export function initOf(id: string, name: string): number | undefined {
   return undefined;
 }
 
-function childrenOf(pid: number): number[] {
-  return readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8")
-    .trim()
-    .split(" ")
-    .filter(Boolean)
-    .map(Number);
-}
-
 /** Boots a machine of this name, or finds the one that runs. */
 export function bootMachine(id: string, name: string, options: MachineOptions = {}): Promise<Machine> {
   return exclusively(`${id}-machine-${name}`, () => findOrBoot(id, name, options));
@@ -196,7 +202,7 @@ async function findOrBoot(id: string, name: string, options: MachineOptions): Pr
       machines: { ...state.machines, [name]: { number: freeNumber(state.machines), envoy: version } },
     }));
     machine = new Machine(id, name, machines[name]?.number ?? 0);
-    await prepareTree(machine, version);
+    await prepareTree(machine, version, await machineTree(options.release ?? RELEASE));
     startSupervisor(machine);
     await machine.waitUntilUp();
     say(`machine ${name} is up at ${machine.ip}`);
@@ -218,7 +224,7 @@ function freeNumber(machines: Readonly<Record<string, MachineState>>): number {
   for (let number = 1; ; number += 1) if (!used.includes(number)) return number;
 }
 
-async function prepareTree(machine: Machine, version: string): Promise<void> {
+async function prepareTree(machine: Machine, version: string, tree: string): Promise<void> {
   const at = folder(machine.id, machine.name);
   for (const part of ["upper", "work", "root"]) mkdirSync(`${at}/${part}`, { recursive: true });
   await sh([
@@ -227,9 +233,11 @@ async function prepareTree(machine: Machine, version: string): Promise<void> {
     "overlay",
     "overlay",
     "-o",
-    `lowerdir=${BASE},upperdir=${at}/upper,workdir=${at}/work`,
+    `lowerdir=${tree},upperdir=${at}/upper,workdir=${at}/work`,
     machine.root,
   ]);
+  // Without one it would be a first boot: systemd-firstboot asks a console that is not there, and the machine is degraded.
+  machine.putFile("/etc/machine-id", `${randomUUID().replaceAll("-", "")}\n`, 0o444);
   machine.putFile("/etc/hostname", `${machine.name}\n`);
   machine.putFile("/etc/hosts", `127.0.0.1 localhost\n::1 localhost\n127.0.1.1 ${machine.name}\n`);
   machine.putFile("/etc/resolv.conf", `nameserver ${ADDRESS.controlPlane}\n`);

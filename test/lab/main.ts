@@ -4,9 +4,10 @@ import { say } from "./sh.ts";
 
 const USAGE = `scripts/lab build                       fetch and build what is missing (20 minutes once, cached)
 scripts/lab up [--istiod-defaults]      etcd, kube-apiserver, istiod, DNS
-scripts/lab vm NAME [--deb F] [--envoy V]   boot a systemd machine
+scripts/lab vm NAME [--deb F] [--envoy V] [--release R]   boot a systemd machine
 scripts/lab exec NAME -- CMD…           run in a machine
 scripts/lab kubectl -- … | istioctl -- …
+scripts/lab prometheus --target IP:15020 [--target …]   scrapes until the lab is down
 scripts/lab status | rm NAME | down
 --id ID (or VMMESH_LAB_ID): another lab beside the default one`;
 
@@ -25,6 +26,9 @@ async function main(argv: readonly string[]): Promise<number> {
   if (!/^[a-z0-9]{1,16}$/.test(id)) throw new Error(`--id: ${id} is not 1 to 16 letters and digits`);
   const deb = take("--deb");
   const envoy = take("--envoy");
+  const release = take("--release");
+  const targets: string[] = [];
+  for (let target = take("--target"); target !== undefined; target = take("--target")) targets.push(target);
   const istiodDefaults = words.includes("--istiod-defaults") ? true : undefined;
   const [command, name] = words.filter((word) => !word.startsWith("--"));
   const named = (): string => {
@@ -44,6 +48,7 @@ async function main(argv: readonly string[]): Promise<number> {
       const machine = await (await Lab.open({ id })).vm(named(), {
         ...(deb === undefined ? {} : { deb }),
         ...(envoy === undefined ? {} : { envoy }),
+        ...(release === undefined ? {} : { release }),
       });
       process.stdout.write(`${machine.ip}\n`);
       return 0;
@@ -54,11 +59,20 @@ async function main(argv: readonly string[]): Promise<number> {
       return (await Lab.attach(id).kubectl(rest, DIRECT)).code;
     case "istioctl":
       return (await Lab.attach(id).istioctl(rest, DIRECT)).code;
+    case "prometheus": {
+      const lab = await Lab.open({ id });
+      if (targets.length === 0) throw new Error(`give at least one --target HOST:PORT\n${USAGE}`);
+      await lab.prometheus(targets);
+      process.stdout.write(
+        `ip netns exec ${lab.netns} curl -s 'http://127.0.0.1:9099/api/v1/query?query=up'\n`,
+      );
+      return 0;
+    }
     case "rm":
       await Lab.attach(id).removeVm(named());
       return 0;
     case "status":
-      process.stdout.write(`${Lab.attach(id).status()}\n`);
+      process.stdout.write(`${await Lab.attach(id).status()}\n`);
       return 0;
     case "down":
       await Lab.attach(id).down();

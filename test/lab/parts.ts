@@ -14,8 +14,10 @@ export const CRDS = `${CACHE}/crds-${ISTIO_API}.yaml`;
 export const GO = `${CACHE}/go-${GO_VERSION}`;
 /** The peer's template of an Envoy bootstrap, which its package puts beside its binary. */
 export const PEER_BOOTSTRAP = `${CACHE}/envoy-bootstrap-${ISTIO}.json`;
-/** Changes with the list of packages in `build.ts`. */
-export const BASE = `${CACHE}/machine-bookworm-2`;
+/** Debian's release on a machine that asks for no other. */
+export const RELEASE = "bookworm";
+/** The number changes with the list of packages in `build.ts`. */
+export const treeOf = (release: string): string => `${CACHE}/machine-${release}-2`;
 
 /** Addresses inside the lab's own namespaces; nothing of them leaves the machine. */
 export const ADDRESS = {

@@ -1,4 +1,4 @@
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { execa } from "execa";
 
 export interface Output {
@@ -9,6 +9,7 @@ export interface Output {
 
 export interface ShOptions {
   readonly input?: string;
+  /** Then the program and all that it has started is killed; 0: as long as it takes. */
   readonly timeoutMs?: number;
   readonly env?: Readonly<Record<string, string>>;
   readonly cwd?: string;
@@ -21,10 +22,8 @@ export interface ShOptions {
 /** Runs a program without a shell. @throws {Error} with its last words, unless `allowFail` */
 export async function sh(argv: readonly string[], options: ShOptions = {}): Promise<Output> {
   const [program = "", ...args] = argv;
-  const result = await execa(program, args, {
+  const child = execa(program, args, {
     reject: false,
-    // 0: as long as it takes.
-    timeout: options.timeoutMs ?? 600_000,
     ...(options.direct === true
       ? { stdio: "inherit" as const }
       : options.input === undefined
@@ -33,6 +32,18 @@ export async function sh(argv: readonly string[], options: ShOptions = {}): Prom
     ...(options.env === undefined ? {} : { env: options.env }),
     ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
   });
+  let timedOut = false;
+  const timeoutMs = options.timeoutMs ?? 600_000;
+  const expire = (): void => {
+    timedOut = true;
+    // nsenter passes no signal on to what it runs in a machine, so that ending it alone would leave that running.
+    if (child.pid !== undefined) killTree(child.pid);
+    // What went to the background in a machine is no child any more, and may hold these open.
+    child.stdout?.destroy();
+    child.stderr?.destroy();
+  };
+  const timer = timeoutMs === 0 ? undefined : setTimeout(expire, timeoutMs);
+  const result = await child.finally(() => clearTimeout(timer));
   const output: Output = {
     code: result.exitCode ?? 255,
     stdout: String(result.stdout ?? ""),
@@ -41,8 +52,29 @@ export async function sh(argv: readonly string[], options: ShOptions = {}): Prom
   if (output.code === 0 || options.allowFail === true) return output;
   const words = `${output.stderr}\n${output.stdout}`.trim().split("\n").slice(-8).join("\n");
   throw new Error(
-    `${argv.join(" ").slice(0, 300)} ended with ${result.timedOut ? "a time-out" : output.code}:\n${words}`,
+    `${argv.join(" ").slice(0, 300)} ended with ${timedOut ? "a time-out" : output.code}:\n${words}`,
   );
+}
+
+/** Children of a process in any PID namespace, as this machine numbers them; none if there is no such process. */
+export function childrenOf(pid: number): number[] {
+  try {
+    return readdirSync(`/proc/${pid}/task`).flatMap((task) =>
+      readFileSync(`/proc/${pid}/task/${task}/children`, "utf8").split(" ").filter(Boolean).map(Number),
+    );
+  } catch {
+    return [];
+  }
+}
+
+function killTree(pid: number): void {
+  const children = childrenOf(pid);
+  try {
+    process.kill(pid, "SIGKILL");
+  } catch {
+    // It has ended.
+  }
+  for (const child of children) killTree(child);
 }
 
 const started = performance.now();

@@ -28,7 +28,8 @@ const other = (name: (typeof NAMES)[number]): (typeof NAMES)[number] =>
 
 beforeAll(async () => {
   requireRoot();
-  lab = await Lab.open();
+  // The peer with a stock Envoy is never ready with a default istiod, which an earlier test may have left behind.
+  lab = await Lab.open({ istiodDefaults: false });
   await cleanNamespace(lab);
   await Promise.all(NAMES.map((name) => lab.removeVm(name)));
   ratings = await lab.vm("ratings");
