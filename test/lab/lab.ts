@@ -1,4 +1,5 @@
-import { createHash, createPublicKey, createSign } from "node:crypto";
+import { execFileSync } from "node:child_process";
+import { createHash, createPublicKey, createSign, randomUUID } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { build, envoyVersion, isBuilt } from "./build.ts";
 import {
@@ -13,7 +14,7 @@ import {
 } from "./controlplane.ts";
 import { exclusively } from "./lock.ts";
 import { bootMachine, initOf, Machine, type MachineOptions, removeMachine } from "./machine.ts";
-import { ADDRESS, ISTIO_BIN } from "./parts.ts";
+import { ADDRESS, ISTIO_BIN, KUBE_BIN } from "./parts.ts";
 import { type Output, type ShOptions, say, sh, sleep, startTimeOf, waitFor } from "./sh.ts";
 import { changeState, end, folderOf, isRunning, readState, removeState, start, stop } from "./state.ts";
 
@@ -223,17 +224,25 @@ export class Lab {
 
   /**
    * A service account token of the lab's own signing; TokenRequest grants none that has ended. Key id and account are the
-   * real ones, so that a token is refused for its time alone.
-   * @throws {Error} if there is no such service account
+   * real ones, so that an expired token is refused for its time alone; an account that does not exist gets an id of its own.
+   * @throws {Error} if the API server cannot be asked for the account
    */
-  async signToken(claims: {
+  signToken(claims: {
     namespace: string;
     serviceAccount: string;
     audience?: string;
     expiresInSec: number;
-  }): Promise<string> {
-    const account = ["get", "serviceaccount", claims.serviceAccount, "-n", claims.namespace];
-    const { stdout: uid } = await this.kubectl([...account, "-o", "jsonpath={.metadata.uid}"]);
+  }): string {
+    const found = execFileSync(
+      "ip",
+      [
+        ...["netns", "exec", this.netns, `${KUBE_BIN}/kubectl`, "--kubeconfig", this.kubeconfig("admin")],
+        ...["get", "serviceaccount", claims.serviceAccount, "-n", claims.namespace],
+        ...["--ignore-not-found", "-o", "jsonpath={.metadata.uid}"],
+      ],
+      { encoding: "utf8", timeout: 30_000 },
+    );
+    const uid = found === "" ? randomUUID() : found;
     const key = readFileSync(`${folderOf(this.id)}/sa.key`);
     // As Kubernetes names its keys (pkg/serviceaccount/jwt.go, keyIDFromPublicKey); it tries no key of another name.
     const kid = createHash("sha256")
