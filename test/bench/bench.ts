@@ -1,4 +1,4 @@
-import { cpSync } from "node:fs";
+import { cpSync, statSync } from "node:fs";
 import { parseArgs } from "node:util";
 import {
   cleanNamespace,
@@ -126,9 +126,15 @@ async function coldStart(side: Side): Promise<void> {
 }
 
 async function memory(side: Side): Promise<void> {
-  const agent = await probe<{ pss: number; rss: number }>(side.machine, "memory", ...side.agent);
+  const agent = await probe<{ pss: number; anonymous: number; rss: number }>(
+    side.machine,
+    "memory",
+    ...side.agent,
+  );
   const envoy = await probe<{ rss: number }>(side.machine, "memory", "/usr/local/bin/envoy");
   note(side, "agent's memory, PSS", "MiB", agent.pss / 1024);
+  // The rest of PSS is pages of files: the program itself, which the kernel may drop and read again.
+  note(side, "agent's memory, anonymous part of PSS", "MiB", agent.anonymous / 1024);
   note(side, "agent's memory, RSS", "MiB", agent.rss / 1024);
   note(side, "Envoy's memory, RSS", "MiB", envoy.rss / 1024);
 }
@@ -241,7 +247,9 @@ try {
     "jsonpath={.spec.clusterIP}",
   ]);
   const { istiod, envoy } = await lab.versions();
-  const versions = `istiod and pilot-agent ${istiod}, Envoy ${envoy}, median of ${RUNS} runs`;
+  // Which package it was: its version stays the same from one change to the next.
+  const built = statSync(packageFile()).mtime.toISOString();
+  const versions = `vmmesh package of ${built}, istiod and pilot-agent ${istiod}, Envoy ${envoy}, median of ${RUNS} runs`;
   for (let run = 1; run <= RUNS; run += 1) {
     // Whoever goes first may find colder caches: they take turns in that, too.
     const order = run % 2 === 1 ? sides : sides.toReversed();

@@ -64,7 +64,7 @@ def memory(program, word=None):
         raise SystemExit(f"{len(found)} processes run {program}")
     with open(f"/proc/{found[0]}/smaps_rollup") as rollup:
         sizes = {line.split()[0]: int(line.split()[1]) for line in rollup.readlines()[1:]}
-    return {"pss": sizes["Pss:"], "rss": sizes["Rss:"]}
+    return {"pss": sizes["Pss:"], "anonymous": sizes["Pss_Anon:"], "rss": sizes["Rss:"]}
 
 
 def runs(pid, program, word):

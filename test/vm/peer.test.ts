@@ -19,12 +19,12 @@ import { installPeer, startPeer, stopPeer } from "../lab/peer.ts";
  * fails here is wrong with the test or the lab, not with vmmesh.
  */
 let lab: Lab;
-let ratings: Machine;
-let shop: Machine;
-const NAMES = ["ratings", "shop"] as const;
-const machineOf = (name: (typeof NAMES)[number]): Machine => (name === "ratings" ? ratings : shop);
+let peera: Machine;
+let peerb: Machine;
+const NAMES = ["peera", "peerb"] as const;
+const machineOf = (name: (typeof NAMES)[number]): Machine => (name === "peera" ? peera : peerb);
 const other = (name: (typeof NAMES)[number]): (typeof NAMES)[number] =>
-  name === "ratings" ? "shop" : "ratings";
+  name === "peera" ? "peerb" : "peera";
 
 beforeAll(async () => {
   requireRoot();
@@ -32,8 +32,8 @@ beforeAll(async () => {
   lab = await Lab.open({ istiodDefaults: false });
   await cleanNamespace(lab);
   await Promise.all(NAMES.map((name) => lab.removeVm(name)));
-  ratings = await lab.vm("ratings");
-  shop = await lab.vm("shop");
+  peera = await lab.vm("peera");
+  peerb = await lab.vm("peerb");
   await strictMtls(lab);
   for (const name of NAMES) {
     await defineWorkload(lab, name, 9080);
@@ -84,21 +84,21 @@ describe("two machines join a real mesh with pilot-agent", () => {
   });
 
   test("with the probe failing the endpoint goes away, and comes back with it", async () => {
-    await shop.exec("touch /tmp/unhealthy; chmod 644 /tmp/unhealthy");
+    await peerb.exec("touch /tmp/unhealthy; chmod 644 /tmp/unhealthy");
     await waitFor("the entry to turn unhealthy", async () =>
-      (await workloadEntries(lab)).get(`shop-${shop.ip}`)?.healthy === false ? true : undefined,
+      (await workloadEntries(lab)).get(`peerb-${peerb.ip}`)?.healthy === false ? true : undefined,
     );
     await waitFor("no endpoint", async () =>
-      (await request(ratings, "http://shop/")).status === 503 ? true : undefined,
+      (await request(peera, "http://peerb/")).status === 503 ? true : undefined,
     );
-    await shop.exec("rm /tmp/unhealthy");
-    await arrivesAs(ratings, "http://shop/", spiffe("ratings"));
+    await peerb.exec("rm /tmp/unhealthy");
+    await arrivesAs(peera, "http://peerb/", spiffe("peera"));
   });
 
   test("a stopped peer goes out of the endpoints", async () => {
-    await stopPeer(shop);
+    await stopPeer(peerb);
     await waitFor("no endpoint", async () =>
-      (await request(ratings, "http://shop/")).status === 503 ? true : undefined,
+      (await request(peera, "http://peerb/")).status === 503 ? true : undefined,
     );
   });
 });
