@@ -24,6 +24,11 @@ export interface CommandSpec {
   readonly summary: string;
   readonly options: readonly OptionSpec[];
   readonly examples: readonly (readonly [string, string])[];
+  /**
+   * With this option another program's words follow: all words but the option and its value are handed on as they are, in
+   * `options.words`, and are read by that program's rules. Common options cannot stand among them.
+   */
+  readonly handsOnWith?: string;
   /** Not in the help texts: units call it, people need not. */
   readonly hidden?: true;
   /** Loads the code behind the command, and nothing of the other commands. Resolves to the exit status. */
@@ -259,8 +264,45 @@ export const COMMANDS: readonly CommandSpec[] = [
   {
     words: "iptables plan",
     summary: "what would be captured, in words; changes nothing",
-    options: [{ name: "rules", type: "boolean", describe: "print the rules themselves" }, OUTPUT],
-    examples: [["vmmesh iptables plan --rules", "as iptables-restore and nft text"]],
+    options: [
+      { name: "rules", type: "boolean", describe: "print the rules themselves" },
+      {
+        name: "compat",
+        type: "string",
+        choices: ["istio"],
+        describe:
+          "print what `pilot-agent istio-iptables` would apply instead: takes its flags and variables, needs no root",
+      },
+      {
+        name: "family",
+        type: "string",
+        choices: ["ipv4", "ipv6"],
+        describe:
+          "with --compat: input for iptables-restore (as without the option) or for ip6tables-restore",
+      },
+      {
+        name: "ipv6",
+        type: "string",
+        choices: ["true", "false"],
+        describe: "with --compat: as if the machine had IPv6 or not, whatever its addresses are",
+      },
+      {
+        name: "dns-server",
+        type: "string",
+        repeat: true,
+        value: "IP|none",
+        describe: "with --compat: as if resolv.conf named these servers",
+      },
+      OUTPUT,
+    ],
+    handsOnWith: "compat",
+    examples: [
+      ["vmmesh iptables plan --rules", "as iptables-restore and nft text"],
+      [
+        "vmmesh iptables plan --compat istio --family ipv6 --ipv6 true -p 15001 -b '*' -i '*'",
+        "the rules of istio-iptables with these flags",
+      ],
+    ],
     load: async () => (await import("./iptables.ts")).plan,
   },
   {

@@ -50,14 +50,26 @@ export async function openServices({
   };
 }
 
-/** One vmmesh at a time may change the machine. @throws {VmmeshError} BUSY */
+/**
+ * One vmmesh at a time may change the machine. Letting go removes the directory again if nothing was put into it: a join
+ * that was refused leaves no trace.
+ *
+ * @throws {VmmeshError} BUSY
+ */
 export async function takeLock({ host, paths: at }: Context): Promise<AsyncDisposable> {
   await host.files.makeDir(at.hostState, { mode: 0o700 });
   const lock = await host.files.lock(at.lock);
-  if (lock !== undefined) return lock;
-  throw new VmmeshError("BUSY", "another vmmesh is changing this machine", {
-    next: "Wait until it has ended, then run the same command again.",
-  });
+  if (lock === undefined) {
+    throw new VmmeshError("BUSY", "another vmmesh is changing this machine", {
+      next: "Wait until it has ended, then run the same command again.",
+    });
+  }
+  return {
+    async [Symbol.asyncDispose]() {
+      await lock[Symbol.asyncDispose]();
+      if ((await host.files.list(at.hostState))?.length === 0) await host.files.remove(at.hostState);
+    },
+  };
 }
 
 /** Aborts on the first SIGINT or SIGTERM; the second ends the process at once. */

@@ -43,6 +43,7 @@ export async function join(options: Options): Promise<number> {
   await using _lock = rehearse ? undefined : await takeLock(context);
   const journal = await openJournal(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
+  if (services.kind === "systemd") checkVisible(envoy.path);
   const bundle = await bundleOf(context, options, rehearse);
   const { files, workload } = render(context, options, bundle, envoy.path);
   const spiffe = spiffeOf(workload);
@@ -75,6 +76,21 @@ export async function join(options: Options): Promise<number> {
     print({ joined: true, spiffe, address: workload.addresses[0], group: workload.workloadGroup });
   else print(`joined: this machine is ${spiffe}\nNow: vmmesh status`);
   return 0;
+}
+
+/** The unit of Envoy has ProtectHome= and PrivateTmp=: what lies there does not exist for it. */
+function checkVisible(envoyPath: string): void {
+  const hidden = ["/root", "/home", "/run/user", "/tmp", "/var/tmp"].find((folder) =>
+    envoyPath.startsWith(`${folder}/`),
+  );
+  if (hidden === undefined) return;
+  throw new VmmeshError(
+    "ENVOY_MISSING",
+    `${envoyPath} cannot be run by Envoy's unit, which does not see ${hidden}`,
+    {
+      next: `Move it: install -m 0755 ${envoyPath} /usr/local/bin/envoy`,
+    },
+  );
 }
 
 function checkOptions(options: Options): void {

@@ -28,9 +28,10 @@ export async function parse(argv: readonly string[]): Promise<Parsed> {
   }
   if (wantsHelp) return { print: helpOf(command) };
 
+  const { words, foreign } = handOn(command, rest);
   const specs = [...command.options, ...COMMON_OPTIONS];
   let complaint: string | undefined;
-  let parser = yargs([...rest])
+  let parser = yargs([...words])
     .help(false)
     .version(false)
     .exitProcess(false)
@@ -56,10 +57,22 @@ export async function parse(argv: readonly string[]): Promise<Parsed> {
   if (complaint !== undefined) throw usage(command, complaint.replace(/\s*\n\s*/g, " "));
   return {
     command,
-    options: Object.fromEntries(
-      specs.map((spec) => [spec.name, optionValue(command, spec, typed[spec.name])]),
-    ),
+    options: {
+      ...Object.fromEntries(specs.map((spec) => [spec.name, optionValue(command, spec, typed[spec.name])])),
+      ...(foreign === undefined ? {} : { words: foreign }),
+    },
   };
+}
+
+/** Splits off the words that another program's rules are for; undefined: there are none such. */
+function handOn(
+  { handsOnWith }: CommandSpec,
+  rest: readonly string[],
+): { words: readonly string[]; foreign?: readonly string[] } {
+  const at = rest.findIndex((word) => word === `--${handsOnWith}` || word.startsWith(`--${handsOnWith}=`));
+  if (handsOnWith === undefined || at < 0) return { words: rest };
+  const end = at + (rest[at]?.includes("=") === true ? 1 : 2);
+  return { words: rest.slice(at, end), foreign: [...rest.slice(0, at), ...rest.slice(end)] };
 }
 
 function optionValue(command: CommandSpec, spec: OptionSpec, typed: unknown): Options[string] {
