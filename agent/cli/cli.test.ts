@@ -68,6 +68,24 @@ describe("the command line", () => {
     expect(error.next).not.toBe("");
   });
 
+  test.for([
+    { argv: ["--compat", "istio", "-p", "15001", "-b", "*"], words: ["-p", "15001", "-b", "*"] },
+    { argv: ["--family", "ipv6", "--compat=istio", "-np1"], words: ["--family", "ipv6", "-np1"] },
+    { argv: ["--compat", "istio"], words: [] },
+    { argv: ["--rules"], words: undefined },
+  ])("$argv of `iptables plan` leave $words to the peer's rules", async ({ argv, words }) => {
+    const parsed = await parse(["iptables", "plan", ...argv]);
+    if (!("command" in parsed)) throw new Error("no command");
+    expect(parsed.options["words"]).toEqual(words);
+    expect(parsed.options["compat"]).toBe(words === undefined ? undefined : "istio");
+  });
+
+  test("another program's name after --compat is refused", async () => {
+    const error = await failure(["iptables", "plan", "--compat", "kuma", "-p1"]);
+    expect(error.code).toBe("USAGE");
+    expect(error.message).toContain("kuma");
+  });
+
   test.for([[], ["--help"], ["help"], ["-h"]])("%j prints the overview", async (argv) => {
     const parsed = await parse(argv);
     expect("print" in parsed && parsed.print).toContain("vmmesh join");

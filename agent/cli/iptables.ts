@@ -1,4 +1,3 @@
-import { VmmeshError } from "../core/errors.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { planFor } from "../daemon/capture.ts";
 import { writeCaptureState } from "../daemon/captureState.ts";
@@ -7,17 +6,13 @@ import { repairCapture } from "../daemon/repair.ts";
 import { readWorkload } from "../daemon/workloadFiles.ts";
 import { removeCapture } from "../iptables/apply.ts";
 import { auditCapture, auditExitCode, type Finding } from "../iptables/audit.ts";
-import { canonicalAddress } from "../iptables/compat/address.ts";
-import { compatFacts, type GivenFacts } from "../iptables/compat/facts.ts";
-import { type FlagSpec, parseCompat } from "../iptables/compat/flags.ts";
-import { compatRules } from "../iptables/compat/rules.ts";
 import { describePlan } from "../iptables/plan.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { readOwners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
+import { planOfPeer, wantsPeer } from "./compat.ts";
 import {
   flag,
-  list,
   number,
   openContext,
   openServices,
@@ -30,7 +25,7 @@ import {
 } from "./context.ts";
 
 export async function plan(options: Options): Promise<number> {
-  if (options["compat"] !== undefined) return await planOfPeer(options);
+  if (wantsPeer(options)) return await planOfPeer(options);
   requireRoot("vmmesh iptables plan reads the firewall, which only root may; it changes nothing, but it too");
   const { host, paths } = openContext(options);
   const workload = await readWorkload(host, paths);
@@ -44,42 +39,6 @@ export async function plan(options: Options): Promise<number> {
         .join("\n"),
     );
   else print(describePlan(planned));
-  return 0;
-}
-
-/** What stands in for facts of the machine, and may stand among the peer's own flags. */
-const STAND_INS: readonly FlagSpec[] = ["family", "ipv6", "dns-server"].map((long) => ({
-  long,
-  kind: "text",
-  default: "",
-  meaning: "in the command table",
-}));
-
-async function planOfPeer(options: Options): Promise<number> {
-  const { host } = openContext({});
-  const config = parseCompat(list(options, "words"), process.env, STAND_INS);
-  const given = (long: string): readonly string[] => config.own.get(long) ?? [];
-  const oneOf = (long: string, known: readonly [string, string]): boolean | undefined => {
-    const word = given(long).at(-1);
-    if (word === undefined || known.includes(word)) return word === undefined ? undefined : word === known[0];
-    throw new VmmeshError("USAGE", `--${long} is ${known.join(" or ")}, not \`${word}\``);
-  };
-  const ipv6 = oneOf("ipv6", ["true", "false"]);
-  const servers = given("dns-server").flatMap((item) => item.split(","));
-  const strange = servers.find((server) => server !== "none" && canonicalAddress(server) === undefined);
-  if (strange !== undefined)
-    throw new VmmeshError("USAGE", `--dns-server is an address or none, not \`${strange}\``);
-  const facts: GivenFacts = {
-    ...(ipv6 === undefined ? {} : { ipv6 }),
-    ...(servers.length === 0 ? {} : { dnsServers: servers.filter((server) => server !== "none") }),
-  };
-  const machine = {
-    addresses: host.net.addresses().map(({ address }) => address),
-    resolvConf: await host.files.readText("/etc/resolv.conf"),
-    passwd: await host.files.readText("/etc/passwd"),
-  };
-  const family = oneOf("family", ["ipv6", "ipv4"]) === true ? 6 : 4;
-  process.stdout.write(compatRules(config, compatFacts(config, machine, facts), family));
   return 0;
 }
 
