@@ -32,6 +32,12 @@ import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 const RESOLV_CONF = "/etc/resolv.conf";
 /** How often Envoy is asked whether it is ready. */
 const ENVOY_LOOK_MS = SECOND_MS;
+/** What a machine is without when its Envoy lacks one of Istio's own extensions (ch. 10 of the VM protocol). */
+const STRIPPED_LOSS: Readonly<Record<string, string>> = {
+  "istio.alpn": "HTTP policy on undeclared ports",
+  "istio.metadata_exchange": "peer labels",
+  "istio.stats": "istio_requests_total",
+};
 
 export interface AgentDeps {
   readonly host: Host;
@@ -137,6 +143,18 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
           `Envoy refused a ${shortType(event.typeUrl)} of the control plane: ${event.reason}`,
           "A stock Envoy lacks Istio's own extensions: see README.md, or run the Envoy of your Istio release with --envoy.",
         );
+        return;
+      case "stripped":
+        metrics.xdsStripped.reset();
+        for (const name of event.names) metrics.xdsStripped.set({ name }, 1);
+        if (event.names.length === 0) conditions.clear("extensions-stripped");
+        else
+          conditions.raise(
+            "extensions-stripped",
+            "warning",
+            `not in this Envoy, so taken out: ${event.names.join(", ")}; lost with them: ${event.names.map((name) => STRIPPED_LOSS[name] ?? name).join(", ")}`,
+            "Mutual TLS and identities are whole. Declare the protocol of ports; for Istio's telemetry run the Envoy of your Istio release (--envoy).",
+          );
         return;
       case "reopened":
         log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);

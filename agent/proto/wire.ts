@@ -1,6 +1,6 @@
 import { BinaryReader, BinaryWriter, WireType } from "@bufbuild/protobuf/wire";
 
-export { BinaryWriter, WireType };
+export { BinaryReader, BinaryWriter, WireType };
 
 /**
  * Walks a message field by field. `onField` reads the value of the fields it knows and returns true; the others are

@@ -100,6 +100,12 @@ export const METRICS = {
     help: "Updates that Envoy refused.",
     labels: ["type"],
   },
+  xdsStripped: {
+    name: "vmmesh_xds_stripped_extensions",
+    type: "gauge",
+    help: "1 for each extension of Istio's own that is taken out because this Envoy lacks it.",
+    labels: ["name"],
+  },
   // identity
   certExpirySeconds: {
     name: "istio_agent_cert_expiry_seconds",

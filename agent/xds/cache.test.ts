@@ -1,7 +1,7 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { type DeltaRequest, type DeltaResponse, TYPE_URL } from "../proto/discovery.ts";
-import { writeAny } from "../proto/wire.ts";
+import { BinaryWriter, put, writeAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect } from "./cache.ts";
 
 const CDS = TYPE_URL.cluster;
@@ -388,5 +388,68 @@ describe.for([
       }),
       { numRuns: 300 },
     );
+  });
+});
+
+describe("extensions that only Istio's own Envoy has", () => {
+  const STATS = "type.googleapis.com/stats.PluginConfig";
+  /** A cluster with upstream network filters (40; typed_config 2) of these types. */
+  const cluster = (...types: readonly string[]): Uint8Array => {
+    const writer = new BinaryWriter();
+    put(writer, 1, "a");
+    for (const type of types) {
+      const filter = new BinaryWriter();
+      put(filter, 2, writeAny(type, Buffer.from("x")));
+      put(writer, 40, filter.finish());
+    }
+    return writeAny(CDS, writer.finish());
+  };
+  const sent: DeltaResponse = {
+    ...response(CDS, "up-1", {}),
+    resources: [{ name: "a", version: "", any: cluster(STATS) }],
+  };
+  const [stock, istios] = [1, 2];
+
+  function both(): { cache: DeltaCache; effects: readonly Effect[] } {
+    const cache = connected();
+    cache.envoyOpened(istios);
+    cache.envoyHas(stock, () => false);
+    cache.envoyHas(istios, () => true);
+    cache.fromEnvoy(stock, request(CDS));
+    cache.fromEnvoy(istios, request(CDS));
+    return { cache, effects: cache.fromUpstream(sent) };
+  }
+
+  test("each of two Envoys gets what it can load, under one version", () => {
+    const { cache, effects } = both();
+    const [without] = toEnvoy(effects, stock)[0]?.resources ?? [];
+    const [with_] = toEnvoy(effects, istios)[0]?.resources ?? [];
+    expect(Buffer.from(without?.any ?? [])).toEqual(Buffer.from(cluster()));
+    expect(Buffer.from(with_?.any ?? [])).toEqual(Buffer.from(cluster(STATS)));
+    expect(without?.version).toBe(with_?.version);
+    expect(cache.stripped()).toEqual(["istio.stats"]);
+  });
+
+  test("the same from istiod again is no push, neither on this stream nor to one that says it holds it", () => {
+    const { cache, effects } = both();
+    expect(toEnvoy(cache.fromUpstream({ ...sent, nonce: "up-2" }), stock)).toEqual([]);
+    const version = toEnvoy(effects, stock)[0]?.resources[0]?.version ?? "";
+    cache.envoyOpened(3);
+    cache.envoyHas(3, () => false);
+    const again = cache.fromEnvoy(3, request(CDS, { initialVersions: new Map([["a", version]]) }));
+    expect(toEnvoy(again, 3)).toEqual([]);
+  });
+
+  test("what is said follows the Envoys and what istiod sends", () => {
+    const { cache } = both();
+    cache.envoyClosed(stock);
+    expect(cache.stripped()).toEqual([]);
+    cache.envoyClosed(istios);
+    expect(cache.stripped()).toBeUndefined();
+    cache.envoyOpened(stock);
+    cache.envoyHas(stock, () => false);
+    expect(cache.stripped()).toEqual(["istio.stats"]);
+    cache.fromUpstream({ ...sent, resources: [{ name: "a", version: "", any: cluster() }] });
+    expect(cache.stripped()).toEqual([]);
   });
 });

@@ -1,6 +1,7 @@
 import { hash } from "node:crypto";
 import { type DeltaRequest, type DeltaResponse, type Resource, TYPE_URL } from "../proto/discovery.ts";
 import { type RpcStatus, readAny, readMessage } from "../proto/wire.ts";
+import { type HasExtension, nameOf, strip } from "./strip.ts";
 
 /** What a client wants of one type. */
 export interface Watch {
@@ -24,6 +25,8 @@ interface EnvoyWatch {
 }
 
 interface Downstream {
+  /** What this Envoy can load; until it has said, all. */
+  has: HasExtension;
   readonly watches: Map<string, EnvoyWatch>;
   /** Endpoints that must follow a cluster that was pushed, whether or not their bytes changed (see `#push`). */
   readonly awaitedEndpoints: Set<string>;
@@ -34,6 +37,8 @@ interface Downstream {
 /** A resource with two versions: istiod's (often empty), and ours, which is a digest of the bytes. */
 interface Held extends Resource {
   readonly digest: string;
+  /** Types of the extensions in it that only Istio's own Envoy has. */
+  readonly istioOnly: readonly string[];
 }
 
 interface TypeState {
@@ -66,6 +71,9 @@ const EMPTY: ReadonlyMap<string, string> = new Map();
  *
  * What istiod sends is kept, so that an Envoy that comes (back) is served at once, and on a reconnect istiod is told
  * what is held already; only bytes that changed go on to Envoy. istiod hears ACK or NACK when Envoy has said it.
+ *
+ * What is kept is what istiod sent. What an Envoy cannot load is taken out on the way to that one (`strip`); the version
+ * that it hears stays that of istiod's bytes.
  */
 export class DeltaCache {
   readonly #types = new Map<string, TypeState>();
@@ -94,10 +102,17 @@ export class DeltaCache {
 
   envoyOpened(stream: number): void {
     this.#downstreams.set(stream, {
+      has: () => true,
       watches: new Map(),
       awaitedEndpoints: new Set(),
       outstanding: new Map(),
     });
+  }
+
+  /** To be said before its first request: what was sent is not sent again. */
+  envoyHas(stream: number, has: HasExtension): void {
+    const downstream = this.#downstreams.get(stream);
+    if (downstream !== undefined) downstream.has = has;
   }
 
   envoyClosed(stream: number): Effect[] {
@@ -161,7 +176,7 @@ export class DeltaCache {
     const { typeUrl } = response;
     const state = this.#type(typeUrl);
     for (const resource of response.resources) {
-      state.resources.set(resource.name, hold(resource));
+      state.resources.set(resource.name, hold(typeUrl, resource));
       state.absent.delete(resource.name);
     }
     for (const name of response.removed) {
@@ -193,6 +208,18 @@ export class DeltaCache {
         acked,
         lastNack,
       }));
+  }
+
+  /** Names of the extensions that one Envoy or another does not get, sorted; undefined while there is no Envoy. */
+  stripped(): readonly string[] | undefined {
+    if (this.#downstreams.size === 0) return undefined;
+    const types = new Set<string>();
+    for (const { resources } of this.#types.values())
+      for (const { istioOnly } of resources.values()) for (const type of istioOnly) types.add(type);
+    const lacking = [...types].filter((type) =>
+      [...this.#downstreams.values()].some(({ has }) => !has(type)),
+    );
+    return [...new Set(lacking.map(nameOf))].sort();
   }
 
   has(typeUrl: string, name: string): boolean {
@@ -337,7 +364,11 @@ export class DeltaCache {
         response: {
           systemVersion: state.version,
           typeUrl,
-          resources: resources.map(({ name, digest, any }) => ({ name, version: digest, any })),
+          resources: resources.map(({ name, digest, any, istioOnly }) => ({
+            name,
+            version: digest,
+            any: istioOnly.length === 0 ? any : strip(typeUrl, any, downstream.has).any,
+          })),
           removed,
           nonce,
         },
@@ -388,11 +419,12 @@ function bare(typeUrl: string, responseNonce: string): DeltaRequest {
  * Towards Envoy a version is a digest: equal bytes are never pushed again, also not by an agent that has just restarted
  * and is told by Envoy what it holds. The copy frees the response that the bytes are a view into.
  */
-function hold(resource: Resource): Held {
+function hold(typeUrl: string, resource: Resource): Held {
   return {
     ...resource,
     any: Uint8Array.from(resource.any),
     digest: hash("sha256", resource.any, "base64url").slice(0, 16),
+    istioOnly: strip(typeUrl, resource.any, () => false).removed,
   };
 }
 

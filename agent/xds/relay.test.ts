@@ -18,7 +18,7 @@ import {
   writeDeltaRequest,
   writeDeltaResponse,
 } from "../proto/discovery.ts";
-import { BinaryWriter, put, writeAny } from "../proto/wire.ts";
+import { BinaryWriter, put, readAny, writeAny } from "../proto/wire.ts";
 import { AdsRelay, type RelayEvent } from "./relay.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -191,6 +191,31 @@ async function event(kind: RelayEvent["kind"]): Promise<RelayEvent> {
     if (it.kind === kind) return it;
   }
 }
+
+test("what an Envoy says that it lacks is taken out for it, and said once", async () => {
+  const extension = new BinaryWriter();
+  put(extension, 6, "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy");
+  const node = new BinaryWriter();
+  put(node, 9, extension.finish());
+  const filter = new BinaryWriter();
+  put(filter, 2, writeAny("type.googleapis.com/stats.PluginConfig", Buffer.from("x")));
+  const cluster = new BinaryWriter();
+  put(cluster, 1, "a");
+  put(cluster, 40, filter.finish());
+
+  const one = envoy();
+  one.send(request(TYPE_URL.cluster, { node: Buffer.from(node.finish()) }));
+  const stream = await streams.next();
+  stream.send(response(TYPE_URL.cluster, "1", ["a"], cluster.finish()));
+  const [got] = (await one.heard.next()).resources;
+  expect(Buffer.from(readAny(got?.any ?? Buffer.of()).value)).toEqual(Buffer.from("\x0a\x01a"));
+  expect(await event("stripped")).toEqual({ kind: "stripped", names: ["istio.stats"] });
+  stream.send(response(TYPE_URL.cluster, "2", ["b"], cluster.finish()));
+  await one.heard.next();
+  one.close();
+  await event("envoy-gone");
+  expect(events.size).toBe(0);
+});
 
 describe("towards istiod", () => {
   test("the node goes unchanged on the first request; names and health follow the first request for listeners", async () => {

@@ -22,6 +22,7 @@ import {
 import { type NameInfo, readNameTable } from "../proto/istio.ts";
 import { type RpcStatus, readAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
+import { extensionsOf } from "./strip.ts";
 
 const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
@@ -46,6 +47,8 @@ export type RelayEvent =
   | { readonly kind: "disconnected"; readonly address: string; readonly reason: string }
   | { readonly kind: "unreachable"; readonly error: VmmeshError; readonly retryInMs: number }
   | { readonly kind: "rejected"; readonly typeUrl: string; readonly reason: string }
+  /** What Envoys do not get because they lack it, at this moment; said when it changes. */
+  | { readonly kind: "stripped"; readonly names: readonly string[] }
   | { readonly kind: "reopened"; readonly missing: readonly string[] }
   | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
 
@@ -91,6 +94,7 @@ export class AdsRelay {
   #lastError: string | undefined;
   #reconnects = 0;
   #reopened = 0;
+  #stripped = "";
 
   constructor(deps: RelayDeps) {
     this.#deps = deps;
@@ -157,6 +161,7 @@ export class AdsRelay {
       }
       if (request.node !== undefined) {
         this.#node = request.node;
+        this.#cache.envoyHas(id, extensionsOf(request.node));
         this.#wantsUpstream.resolve();
       }
       if (request.error !== undefined) {
@@ -180,6 +185,11 @@ export class AdsRelay {
       else if (this.#envoys.get(effect.stream)?.send(writeDeltaResponse(effect.response)) === false)
         this.#upstream?.pause();
     }
+    // Without an Envoy nothing is known; the next one will most likely be the same.
+    const names = this.#cache.stripped();
+    if (names === undefined || names.join() === this.#stripped) return;
+    this.#stripped = names.join();
+    this.#deps.onEvent({ kind: "stripped", names });
   }
 
   /** istiod wants the node on the first request; names and health follow the first request for listeners. */
