@@ -117,7 +117,7 @@ describe("an istiod with default settings, and a stock Envoy", () => {
   });
 
   test.for(MACHINES)(
-    "%s says what was taken out, and what that costs: status, metric, one line of the log",
+    "%s says what was taken out, and what that costs: status, metric and log",
     async (name) => {
       const machine = name === "details" ? details : reviews;
       const { stdout } = await machine.exec("vmmesh status");
