@@ -18,7 +18,7 @@ const REMOVABLE: ReadonlyMap<string, string> = new Map([
 ]);
 
 /** Two Envoys that agree on it write metadata in front of a TCP connection's own bytes. */
-const PEER_EXCHANGE_ALPN = "istio-peer-exchange";
+const PEER_EXCHANGE_ALPN = Buffer.from("istio-peer-exchange");
 
 const HTTP_MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
 const TLS_CONTEXTS: readonly string[] = ["Upstream", "Downstream"].map(
@@ -87,6 +87,9 @@ export function extensionsOf(node: Uint8Array): HasExtension {
   return types.size === 0 ? () => true : (type) => types.has(type);
 }
 
+/** One for all: a writer begins with more memory than most messages have, and `finish` empties it for the next. */
+const HEADER = new BinaryWriter();
+
 /** The value of a length-delimited field, after it: the same reference if it stays, undefined if it goes. */
 type Edit = (value: Uint8Array) => Uint8Array | undefined;
 /** By field number. */
@@ -114,9 +117,7 @@ function editsOf(has: HasExtension, removed: Set<string>): { cluster: Edits; lis
 
   // common_tls_context 1, in it alpn_protocols 4 (transport_sockets/tls/v3/tls.proto)
   const alpn: Edit = (value) =>
-    Buffer.from(value).equals(Buffer.from(PEER_EXCHANGE_ALPN)) && !has(TCP_EXCHANGE)
-      ? drop(TCP_EXCHANGE)
-      : value;
+    PEER_EXCHANGE_ALPN.equals(value) && !has(TCP_EXCHANGE) ? drop(TCP_EXCHANGE) : value;
   // typed_config 3 (config/core/v3/base.proto, TransportSocket)
   const socket: Edit = (value) =>
     TLS_CONTEXTS.includes(configType(value, 3))
@@ -152,7 +153,7 @@ function configType(message: Uint8Array, field: number): string {
 /** Copies a message but for the fields that `edits` changes. @returns the same reference if none was */
 function edit(message: Uint8Array, edits: Edits): Uint8Array {
   const reader = new BinaryReader(message);
-  const writer = new BinaryWriter();
+  const parts: Uint8Array[] = [];
   let copied = 0;
   while (reader.pos < reader.len) {
     const start = reader.pos;
@@ -165,11 +166,12 @@ function edit(message: Uint8Array, edits: Edits): Uint8Array {
     const before = reader.bytes();
     const after = change(before);
     if (after === before) continue;
-    writer.raw(message.subarray(copied, start));
+    parts.push(message.subarray(copied, start));
     copied = reader.pos;
-    if (after !== undefined) writer.tag(field, WireType.LengthDelimited).bytes(after);
+    if (after !== undefined)
+      parts.push(HEADER.tag(field, WireType.LengthDelimited).uint32(after.length).finish(), after);
   }
-  return copied === 0 ? message : writer.raw(message.subarray(copied)).finish();
+  return parts.length === 0 ? message : Buffer.concat([...parts, message.subarray(copied)]);
 }
 
 /** `type.googleapis.com/stats.PluginConfig` → `stats.PluginConfig`. */
