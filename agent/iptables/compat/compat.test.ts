@@ -61,6 +61,7 @@ describe("the peer's command line", () => {
     { name: "a program that is neither of two", argv: ["--force-iptables-binary=x"], is: "USAGE" },
     { name: "* as what is excluded", argv: ["-x", "*"], is: "USAGE" },
     { name: "a range without length", argv: ["-i", "10.0.0.1"], is: "USAGE" },
+    { name: "a wrong range of which no rule is made", argv: ["-i", "x", "--skip-rule-apply"], is: "15006" },
     { name: "nft's own rules", argv: ["--native-nftables"], is: "USAGE" },
   ])("$name", ({ argv, is }) => {
     expect(port(argv)).toBe(is);

@@ -203,9 +203,10 @@ export function parseCompat(
   if (on("native-nftables"))
     throw refused("--native-nftables makes nft rules, which are not among what is printed here");
 
-  const include = value("istio-service-cidr");
-  if (value("istio-service-exclude-cidr") === "*")
-    throw refused("--istio-service-exclude-cidr is a list of ranges, not *");
+  // The peer looks at ranges only when it makes rules of them.
+  const ranges = (long: string): string => (on("skip-rule-apply") ? "" : value(long));
+  const [include, exclude] = [ranges("istio-service-cidr"), ranges("istio-service-exclude-cidr")];
+  if (exclude === "*") throw refused("--istio-service-exclude-cidr is a list of ranges, not *");
   return {
     envoyPort: value("envoy-port"),
     inboundCapturePort: value("inbound-capture-port"),
@@ -219,7 +220,7 @@ export function parseCompat(
     inboundExcludePorts: list("istio-local-exclude-ports"),
     excludeInterfaces: list("istio-exclude-interfaces"),
     kubeVirtInterfaces: list("kube-virt-interfaces"),
-    outboundExcludeCidrs: prefixes("istio-service-exclude-cidr", list("istio-service-exclude-cidr")),
+    outboundExcludeCidrs: prefixes("istio-service-exclude-cidr", items(exclude)),
     outboundCidrs: include === "*" ? "*" : prefixes("istio-service-cidr", items(include)),
     outboundPorts: list("istio-outbound-ports"),
     outboundExcludePorts: list("istio-local-outbound-ports-exclude"),

@@ -1,0 +1,291 @@
+import { existsSync, readFileSync } from "node:fs";
+import fc from "fast-check";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { compatFacts } from "../../agent/iptables/compat/facts.ts";
+import { type FlagSpec, PEER_FLAGS, parseCompat } from "../../agent/iptables/compat/flags.ts";
+import { compatRules } from "../../agent/iptables/compat/rules.ts";
+import { CASES, golden } from "../compat/cases.ts";
+import { type Documents, PASSWD, PeerMachine, PILOT_AGENT } from "../compat/peer.ts";
+import { requireRoot } from "../lab/acceptance.ts";
+
+/**
+ * Whether `iptables plan --compat istio` prints what the real istio-iptables applies. Sets that are compared:
+ * `VMMESH_PARITY` (default 60), from `VMMESH_PARITY_SEED` (default 1) on.
+ */
+const SETS = Number(process.env["VMMESH_PARITY"] ?? 60);
+const SEED = Number(process.env["VMMESH_PARITY_SEED"] ?? 1);
+const VMMESH = [process.execPath, new URL("../../agent/main.ts", import.meta.url).pathname];
+
+const machines: PeerMachine[] = [];
+const machineWith = (...families: (4 | 6)[]): PeerMachine => {
+  const found = machines.find((machine) => machine.families.join() === families.join());
+  if (found === undefined) throw new Error(`no machine with families ${families.join()}`);
+  return found;
+};
+
+beforeAll(async () => {
+  requireRoot();
+  if (!existsSync(PILOT_AGENT))
+    throw new Error(`${PILOT_AGENT} is missing: \`node test/lab/main.ts up\` builds it`);
+  for (const families of [[4], [6], [4, 6]] as const)
+    machines.push(await PeerMachine.make(families.join(""), families));
+});
+
+afterAll(async () => {
+  for (const machine of machines) await machine[Symbol.asyncDispose]();
+});
+
+describe("the peer's own cases", () => {
+  test.for(CASES)("$name: the golden text is the peer's, and the command prints it", async (row) => {
+    const { name, argv, env = {}, ipv6 = false, nameservers = [] } = row;
+    const machine = machineWith(ipv6 ? 6 : 4);
+    machine.resolve(nameservers);
+    const fixed = { ...env, ENVOY_USER: "nosuch" };
+    const peer = await machine.dryRun(argv, fixed);
+    for (const family of [4, 6] as const) {
+      const kept = family === 6 && !ipv6 ? "" : readFileSync(golden(name, family), "utf8");
+      expect(kept).toBe(peer?.[family]);
+      const command = [...VMMESH, "iptables", "plan", "--compat", "istio", "--family", `ipv${family}`];
+      const printed = await machine.exec([...command, ...argv], fixed);
+      expect(printed).toMatchObject({ code: 0, stdout: kept.trimEnd() });
+    }
+  });
+
+  test.for(CASES)("$name: the kernel gets the same rules from both", async (row) => {
+    const { name, argv, env = {}, ipv6 = false, nameservers = [] } = row;
+    const families = ipv6 ? ([6] as const) : ([4] as const);
+    await using theirs = await PeerMachine.make("theirs", families);
+    await using ours = await PeerMachine.make("ours", families);
+    theirs.resolve(nameservers);
+    const applied = await theirs.exec([PILOT_AGENT, "istio-iptables", ...argv], {
+      ...env,
+      ENVOY_USER: "nosuch",
+      FORCE_IPTABLES_BINARY: "nft",
+    });
+    expect(applied.code, applied.stdout).toBe(0);
+    for (const [program, family] of [["iptables", 4] as const, ["ip6tables", 6] as const]) {
+      if (family === 6 && !ipv6) continue;
+      const text = readFileSync(golden(name, family), "utf8");
+      const restored = await ours.exec([`${program}-nft-restore`, "--noflush"], {}, text);
+      expect(restored).toMatchObject({ code: 0 });
+    }
+    const rules = await theirs.rules();
+    expect(rules).toContain("ISTIO_OUTPUT");
+    expect(await ours.rules()).toBe(rules);
+  });
+});
+
+/** Flags that are left out: they end the peer's dry run, change its log, or choose rules that are not iptables'. */
+const LEFT_OUT = /^(dry-run|help|run-validation|native-nftables|log_.*|vklog|network-namespace)$/;
+
+interface OptionSet {
+  readonly argv: readonly string[];
+  readonly env: Readonly<Record<string, string>>;
+  readonly families: readonly (4 | 6)[];
+  readonly nameservers: readonly string[];
+}
+
+const listOf = (item: fc.Arbitrary<string>): fc.Arbitrary<string> =>
+  fc
+    .array(fc.oneof({ weight: 12, arbitrary: item }, { weight: 1, arbitrary: fc.constant("") }), {
+      maxLength: 4,
+    })
+    .map((items) => items.join(","));
+const starOr = (list: fc.Arbitrary<string>): fc.Arbitrary<string> => fc.oneof(fc.constant("*"), list, list);
+const port = fc.integer({ min: 1, max: 65535 }).map(String);
+const id = fc.oneof(fc.integer({ min: 0, max: 70000 }).map(String), fc.constantFrom("java", "ftp"));
+const nic = fc.constantFrom("eth0", "eth1", "not-istio-nic", "lo", "veth+");
+const ipv6Text = fc.oneof(
+  fc.ipV6(),
+  fc.constantFrom(
+    "::1",
+    "::",
+    "2001:DB8::",
+    "fd00:0:0:1::",
+    "::ffff:127.0.0.1",
+    "::ffff:10.1.2.3",
+    "::7f00:1",
+  ),
+);
+const cidr = fc.oneof(
+  {
+    weight: 20,
+    arbitrary: fc.tuple(fc.ipV4(), fc.integer({ min: 0, max: 32 })).map(([ip, bits]) => `${ip}/${bits}`),
+  },
+  {
+    weight: 20,
+    arbitrary: fc.tuple(ipv6Text, fc.integer({ min: 0, max: 128 })).map(([ip, bits]) => `${ip}/${bits}`),
+  },
+  { weight: 3, arbitrary: fc.constantFrom("127.0.0.1/32", "127.9.9.9/8", "::1/128") },
+  {
+    weight: 1,
+    arbitrary: fc.constantFrom(
+      "10.0.0.0",
+      "10.0.0.0/33",
+      "010.0.0.0/8",
+      "x",
+      "fe80::1%e/64",
+      "1.2.3.4::/9",
+      " 10.0.0.0/8",
+      "*",
+    ),
+  },
+);
+const truth = fc.oneof(
+  {
+    weight: 9,
+    arbitrary: fc.constantFrom(
+      "1",
+      "t",
+      "T",
+      "true",
+      "TRUE",
+      "True",
+      "0",
+      "f",
+      "F",
+      "false",
+      "FALSE",
+      "False",
+    ),
+  },
+  { weight: 1, arbitrary: fc.constantFrom("", "yes", "tRUE", "2") },
+);
+const text = fc.constantFrom("", "15001", "15106", "0x539", "9", "=5", "-p");
+const VALUES: Readonly<Record<string, fc.Arbitrary<string>>> = {
+  "istio-inbound-interception-mode": fc.constantFrom("TPROXY", "TPROXY", "REDIRECT", "tproxy", "NONE", ""),
+  "istio-inbound-ports": starOr(listOf(port)),
+  "istio-local-exclude-ports": listOf(port),
+  "istio-exclude-interfaces": listOf(nic),
+  "istio-service-cidr": starOr(listOf(cidr)),
+  "istio-service-exclude-cidr": listOf(cidr),
+  "istio-outbound-ports": listOf(port),
+  "istio-local-outbound-ports-exclude": listOf(port),
+  "kube-virt-interfaces": listOf(nic),
+  "proxy-uid": listOf(id),
+  "proxy-gid": listOf(id),
+  "force-iptables-binary": fc.constantFrom("", "nft", "legacy", "nft", "legacy", "other"),
+  "iptables-probe-port": fc.constantFrom("15002", "0x10", "65536", "", "-1", "0", "010", "08"),
+  "probe-timeout": fc.constantFrom("5s", "1m2.5s", "5", "", "0", ".5h", "-1ns"),
+};
+const VARIABLES = fc.record(
+  {
+    ENVOY_USER: fc.constantFrom("istio-proxy", "nobody", "nosuch", ""),
+    ENVOY_PORT: port,
+    ISTIO_OUTBOUND_OWNER_GROUPS: fc.oneof(
+      starOr(listOf(id)),
+      fc.constantFrom("g,".repeat(64), "g,".repeat(65)),
+    ),
+    ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: listOf(id),
+    ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: fc.oneof(
+      { weight: 9, arbitrary: fc.constantFrom("127.0.0.1/8", "127.0.0.1/32", "127.1.2.3/24") },
+      {
+        weight: 1,
+        arbitrary: fc.constantFrom("127.0.0.0/7", "10.0.0.0/8", "::1/128", "::ffff:127.0.0.1/120", ""),
+      },
+    ),
+  },
+  { requiredKeys: [] },
+);
+
+/** One flag or variable in one of its spellings. */
+function spelled(spec: FlagSpec): fc.Arbitrary<Pick<OptionSet, "argv" | "env">> {
+  const value = spec.kind === "switch" ? truth : (VALUES[spec.long] ?? text);
+  const onLine = value.chain((word) => {
+    const { long, short } = spec;
+    const spellings = [
+      [`--${long}=${word}`],
+      ...(spec.kind === "switch" ? [[`--${long}`], [`--${long}`, word]] : [[`--${long}`, word]]),
+      ...(short === undefined
+        ? []
+        : [[`-${short}=${word}`], [`-${short}${word}`], [`-${short}`, word], [`-n${short}`, word]]),
+    ];
+    return fc.constantFrom(...spellings).map((argv) => ({ argv, env: {} }));
+  });
+  const inEnvironment = [spec.env, spec.also].flatMap((name) =>
+    name === undefined ? [] : [value.map((word) => ({ argv: [], env: { [name]: word } }))],
+  );
+  return fc.oneof(onLine, ...inEnvironment, ...inEnvironment);
+}
+
+const server = fc.oneof(
+  { weight: 8, arbitrary: fc.oneof(fc.constant("127.0.0.53"), fc.ipV4(), ipv6Text) },
+  { weight: 1, arbitrary: fc.constantFrom("localhost", "fe80::1%eth0", "1.2.3", "FE80::A%b") },
+);
+const optionSet: fc.Arbitrary<OptionSet> = fc
+  .record({
+    parts: fc.array(
+      fc.constantFrom(...PEER_FLAGS.filter(({ long }) => !LEFT_OUT.test(long))).chain(spelled),
+      { maxLength: 12 },
+    ),
+    // What decides about most rules is asked for more often than the other forty words.
+    dns: fc.constantFrom([], ["--redirect-dns"], ["--redirect-dns", "--capture-all-dns"]),
+    stray: fc.oneof(
+      { weight: 20, arbitrary: fc.constant<string[]>([]) },
+      {
+        weight: 1,
+        arbitrary: fc.constantFrom(["word"], ["--"], ["--zap"], ["-Z"], ["---x"], ["-"], ["--="]),
+      },
+    ),
+    variables: VARIABLES,
+    families: fc.constantFrom([4], [6], [4, 6]) as fc.Arbitrary<(4 | 6)[]>,
+    nameservers: fc.array(server, { maxLength: 3 }),
+  })
+  .map(({ parts, dns, stray, variables, families, nameservers }) => ({
+    argv: [...dns, ...stray, ...parts.flatMap(({ argv }) => argv)],
+    env: Object.assign({}, ...parts.map(({ env }) => env), variables) as Record<string, string>,
+    families,
+    nameservers,
+  }));
+
+function printed({ argv, env }: OptionSet, machine: PeerMachine): Documents {
+  try {
+    const config = parseCompat(argv, env);
+    const facts = compatFacts(config, {
+      addresses: machine.addresses,
+      resolvConf: machine.resolvConf,
+      passwd: PASSWD,
+    });
+    return { 4: compatRules(config, facts, 4), 6: compatRules(config, facts, 6) };
+  } catch {
+    return undefined;
+  }
+}
+
+test(`${SETS} option sets give the peer's text, or are refused by both`, {
+  timeout: 60_000 + SETS * 2000,
+}, async () => {
+  const tally = { same: 0, refused: 0, empty: 0, ipv6: 0, differences: [] as string[] };
+  for (const set of fc.sample(optionSet, { numRuns: SETS, seed: SEED })) {
+    const machine = machineWith(...set.families);
+    machine.resolve(set.nameservers);
+    const [ours, theirs] = [printed(set, machine), await machine.dryRun(set.argv, set.env)];
+    if (theirs === undefined) tally.refused++;
+    else if (theirs[4] === "") tally.empty++;
+    if (theirs !== undefined && theirs[6] !== "") tally.ipv6++;
+    if (ours?.[4] === theirs?.[4] && ours?.[6] === theirs?.[6]) tally.same++;
+    else tally.differences.push(difference(set, ours, theirs));
+  }
+  console.log(
+    `parity: ${tally.same} of ${SETS} agree (seed ${SEED}); ${tally.refused} are refused by the peer, ${tally.empty} apply nothing, ${tally.ipv6} have rules for IPv6`,
+  );
+  expect(tally.differences.join("\n\n")).toBe("");
+});
+
+/** Lines that only one of the two has, and what both were given. */
+function difference(set: OptionSet, ours: Documents, theirs: Documents): string {
+  const lines = (document: string | undefined): readonly string[] => document?.split("\n") ?? ["refused"];
+  return [
+    JSON.stringify(set),
+    ...([4, 6] as const).flatMap((family) => {
+      const [mine, peers] = [lines(ours?.[family]), lines(theirs?.[family])];
+      const at = peers.findIndex((line, index) => line !== mine[index]);
+      if (at < 0 && mine.length === peers.length) return [];
+      return [
+        `IPv${family}, line ${at + 1}:`,
+        `  peer: ${peers[at] ?? "(end)"}`,
+        `  ours: ${mine[at] ?? "(end)"}`,
+      ];
+    }),
+  ].join("\n");
+}
