@@ -5,6 +5,7 @@ import {
   mkdirSync,
   mkdtempSync,
   readdirSync,
+  readFileSync,
   renameSync,
   rmSync,
   writeFileSync,
@@ -94,7 +95,7 @@ async function buildAll(): Promise<void> {
   mkdirSync(CACHE, { recursive: true });
   // Of an earlier build that was killed.
   for (const name of readdirSync(CACHE))
-    if (/^\.(part|kubernetes)-/.test(name)) rmSync(`${CACHE}/${name}`, { recursive: true, force: true });
+    if (/^\.(part|kubernetes)-/.test(name)) await removeTree(`${CACHE}/${name}`);
   await packages();
   await part(ISTIO_BIN, "istiod, pilot-agent, istioctl (8 minutes)", async (to) => {
     const commands = ["pilot/cmd/pilot-discovery", "pilot/cmd/pilot-agent", "istioctl/cmd/istioctl"];
@@ -157,9 +158,26 @@ export async function machineTree(release: string): Promise<string> {
   return treeOf(release);
 }
 
+/** debootstrap mounts /proc in its tree: so that this goes with it, and all that it runs with us, whenever we are killed. */
+const CONFINED = [
+  ...["setpriv", "--pdeathsig", "KILL", "--"],
+  ...["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"],
+];
+
+/** Removes a tree of a killed build, with nothing of this machine still mounted in it. */
+async function removeTree(path: string): Promise<void> {
+  const mounts = readFileSync("/proc/self/mounts", "utf8")
+    .split("\n")
+    .map((line) => line.split(" ")[1] ?? "")
+    .filter((at) => at.startsWith(`${path}/`));
+  for (const at of mounts.reverse()) await sh(["umount", at]);
+  rmSync(path, { recursive: true, force: true });
+}
+
 async function debian(release: string): Promise<void> {
   await part(treeOf(release), `a tree of Debian ${release} for the machines (1 minute)`, async (to) => {
-    await sh(["debootstrap", "--variant=minbase", `--include=${IN_MACHINE.join(",")}`, release, to]);
+    const packages = `--include=${IN_MACHINE.join(",")}`;
+    await sh([...CONFINED, "debootstrap", "--variant=minbase", packages, release, to]);
     await sh(["chroot", to, "apt-get", "clean"]);
     await sh(["chroot", to, "systemctl", "disable", "ssh.service"], { allowFail: true });
     rmSync(`${to}/etc/machine-id`, { force: true });
@@ -265,7 +283,7 @@ async function part(path: string, what: string, make: (to: string) => Promise<vo
     chmodSync(aside, 0o755);
     renameSync(aside, path);
   } catch (thrown) {
-    rmSync(aside, { recursive: true, force: true });
+    await removeTree(aside);
     throw thrown;
   }
   say(`built ${what}`);

@@ -1,5 +1,5 @@
 import { linkSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { sleep, startTimeOf } from "./sh.ts";
+import { say, sleep, startTimeOf } from "./sh.ts";
 
 const FOLDER = "/run/vmmesh-lab-locks";
 let tries = 0;
@@ -47,7 +47,13 @@ export async function exclusively<T>(
   timeoutMs = 45 * 60_000,
 ): Promise<T> {
   const deadline = performance.now() + timeoutMs;
+  const patience = performance.now() + 1000;
+  let told = false;
   while (!take(name)) {
+    if (!told && performance.now() > patience) {
+      told = true;
+      say(`waiting for process ${holderOf(`${FOLDER}/${name}`)[0] ?? "?"}, which is at it (${name})`);
+    }
     if (performance.now() > deadline)
       throw new Error(`${FOLDER}/${name} is held by process ${holderOf(`${FOLDER}/${name}`)[0] ?? "?"}`);
     await sleep(50);
