@@ -8,11 +8,11 @@ import { afterEach, describe, expect, test } from "vitest";
 import type { ServedStream } from "../../agent/platform/grpc.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
 import { readDeltaRequest, TYPE_URL, writeDeltaResponse } from "../../agent/proto/discovery.ts";
-import { writeAny } from "../../agent/proto/wire.ts";
-import { AdsRelay } from "../../agent/xds/relay.ts";
-import { encode, TYPE_PREFIX } from "../controlplane/protos.ts";
-import { SERVER_NAME, startIstiod } from "../fakes/istiod.ts";
-import { ENVOY_VERSIONS, fetchEnvoy } from "./fetch.ts";
+import { BinaryWriter, put, writeAny } from "../../agent/proto/wire.ts";
+import { AdsRelay, type RelayEvent } from "../../agent/xds/relay.ts";
+import { encode, type Message, TYPE_PREFIX } from "../controlplane/protos.ts";
+import { type FakeIstiod, SERVER_NAME, startIstiod } from "../fakes/istiod.ts";
+import { ENVOY_VERSIONS, type EnvoyTestVersion, fetchEnvoy } from "./fetch.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const bare = (typeUrl: string): string => typeUrl.slice(TYPE_PREFIX.length);
@@ -40,6 +40,34 @@ const endpoints = encode(bare(TYPE_URL.endpoint), {
 function push(stream: ServedStream, nonce: string, typeUrl: string, value?: Uint8Array): void {
   const resources = value === undefined ? [] : [{ name: "c", version: "", any: writeAny(typeUrl, value) }];
   stream.send(writeDeltaResponse({ systemVersion: nonce, typeUrl, nonce, removed: [], resources }));
+}
+
+/** An extension that this Envoy cannot load, as istiod writes Istio's own: TypedStruct.type_url 1. */
+function foreign(name: string, type: string): Message {
+  const struct = new BinaryWriter();
+  put(struct, 1, TYPE_PREFIX + type);
+  const typed_config = { type_url: `${TYPE_PREFIX}udpa.type.v1.TypedStruct`, value: struct.finish() };
+  return { name, typed_config };
+}
+const EXCHANGE = foreign("istio.metadata_exchange", "envoy.tcp.metadataexchange.config.MetadataExchange");
+const STATS = foreign("istio.stats", "stats.PluginConfig");
+const withFilters = (...filters: readonly Message[]): Uint8Array =>
+  encode(bare(TYPE_URL.cluster), { name: "c", type: "STATIC", connect_timeout: { seconds: 1 }, filters });
+
+function listener(): Uint8Array {
+  const router = { "@type": `${TYPE_PREFIX}envoy.extensions.filters.http.router.v3.Router` };
+  const manager = {
+    "@type": `${TYPE_PREFIX}envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager`,
+    stat_prefix: "l",
+    route_config: { name: "r" },
+    http_filters: [STATS, { name: "envoy.filters.http.router", typed_config: router }],
+  };
+  const http = { name: "envoy.filters.network.http_connection_manager", typed_config: manager };
+  return encode(bare(TYPE_URL.listener), {
+    name: "c",
+    address: { socket_address: { address: "127.0.0.1", port_value: 0 } },
+    filter_chains: [{ filters: [EXCHANGE, STATS, http] }],
+  });
 }
 
 function bootstrap(folder: string): string {
@@ -100,6 +128,46 @@ afterEach(async () => {
   }
 });
 
+/** The relay towards `istiod`, and an Envoy behind it; both end with the scope. */
+async function start(
+  version: EnvoyTestVersion,
+  folder: string,
+  istiod: FakeIstiod,
+  onEvent: (event: RelayEvent) => void = () => undefined,
+): Promise<AsyncDisposable> {
+  const host = linuxHost();
+  const target = { address: "127.0.0.1", port: istiod.port, serverName: SERVER_NAME, metadata: {} };
+  const relay = new AdsRelay({
+    host,
+    inboundPorts: [],
+    listen: (onConnection) => host.net.listenUnix(join(folder, "xds.sock"), { mode: 0o600 }, onConnection),
+    upstreams: async () => [{ ...target, rootCert: istiod.authority.rootPem }],
+    onEvent,
+  });
+  const stop = new AbortController();
+  let running: Promise<void> = Promise.resolve();
+  await new Promise<void>((resolve) => {
+    running = relay.run(stop.signal, resolve);
+  });
+  await writeFile(join(folder, "bootstrap.json"), bootstrap(folder));
+  const argv = [
+    "-c",
+    join(folder, "bootstrap.json"),
+    "--disable-hot-restart",
+    "--concurrency",
+    "1",
+    "-l",
+    "error",
+  ];
+  children.push(spawn(await fetchEnvoy(version), argv, { stdio: "inherit" }));
+  return {
+    async [Symbol.asyncDispose]() {
+      stop.abort();
+      await running;
+    },
+  };
+}
+
 describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
   // With the endpoints held back because their bytes are the same, the changed cluster is never used: 1.40 was seen to wait.
   test("a cluster that changes while its endpoints do not comes into use", async () => {
@@ -117,31 +185,7 @@ describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
         });
       },
     });
-    const host = linuxHost();
-    const target = { address: "127.0.0.1", port: istiod.port, serverName: SERVER_NAME, metadata: {} };
-    const relay = new AdsRelay({
-      host,
-      inboundPorts: [],
-      listen: (onConnection) => host.net.listenUnix(join(folder, "xds.sock"), { mode: 0o600 }, onConnection),
-      upstreams: async () => [{ ...target, rootCert: istiod.authority.rootPem }],
-      onEvent: () => undefined,
-    });
-    const stop = new AbortController();
-    let running: Promise<void> = Promise.resolve();
-    await new Promise<void>((resolve) => {
-      running = relay.run(stop.signal, resolve);
-    });
-    await writeFile(join(folder, "bootstrap.json"), bootstrap(folder));
-    const argv = [
-      "-c",
-      join(folder, "bootstrap.json"),
-      "--disable-hot-restart",
-      "--concurrency",
-      "1",
-      "-l",
-      "error",
-    ];
-    children.push(spawn(await fetchEnvoy(version), argv, { stdio: "inherit" }));
+    await using _envoy = await start(version, folder, istiod);
 
     const soon = { timeout: 20_000, interval: 50 };
     await expect.poll(() => statistic(folder, "listener_manager.lds.update_success"), soon).toBe(1);
@@ -150,9 +194,40 @@ describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
     push(stream, "e2", TYPE_URL.endpoint, endpoints);
     await expect.poll(() => statistic(folder, "cluster_manager.cluster_modified"), soon).toBe(1);
     await expect.poll(() => statistic(folder, "cluster_manager.warming_clusters"), soon).toBe(0);
+    await rm(folder, { recursive: true });
+  });
 
-    stop.abort();
-    await running;
+  test("what only Istio's own Envoy has is taken out, and taken; what else it lacks is refused in its words", async () => {
+    const folder = await mkdtemp(join(tmpdir(), "vmmesh-envoy-relay-"));
+    const opened = Promise.withResolvers<ServedStream>();
+    await using istiod = await startIstiod({
+      [ADS]: (stream) => {
+        opened.resolve(stream);
+        stream.onMessage((message) => {
+          const { typeUrl, responseNonce } = readDeltaRequest(message);
+          if (responseNonce !== "") return;
+          if (typeUrl === TYPE_URL.cluster) push(stream, "c1", typeUrl, withFilters(EXCHANGE));
+          else if (typeUrl === TYPE_URL.listener) push(stream, "l1", typeUrl, listener());
+        });
+      },
+    });
+    const events: RelayEvent[] = [];
+    await using _envoy = await start(version, folder, istiod, (event) => events.push(event));
+
+    const soon = { timeout: 20_000, interval: 50 };
+    await expect.poll(() => statistic(folder, "cluster_manager.cds.update_success"), soon).toBe(1);
+    await expect.poll(() => statistic(folder, "listener_manager.lds.update_success"), soon).toBe(1);
+    expect(events.filter(({ kind }) => kind === "stripped").at(-1)).toEqual({
+      kind: "stripped",
+      names: ["istio.metadata_exchange", "istio.stats"],
+    });
+    expect(events.filter(({ kind }) => kind === "rejected")).toEqual([]);
+
+    push(await opened.promise, "c2", TYPE_URL.cluster, withFilters(foreign("istio.stats", "example.Guard")));
+    await expect.poll(() => statistic(folder, "cluster_manager.cds.update_rejected"), soon).toBe(1);
+    await expect
+      .poll(() => events.find(({ kind }) => kind === "rejected"), soon)
+      .toMatchObject({ typeUrl: TYPE_URL.cluster, reason: expect.stringContaining("istio.stats") });
     await rm(folder, { recursive: true });
   });
 });
