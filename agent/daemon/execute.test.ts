@@ -47,7 +47,7 @@ function fakeMachine(start: Record<string, string> = {}): {
     state: async (unit) => units.get(unit) ?? { active: false, enabled: false },
     start: async (unit) => change(unit, { active: true }),
     stop: async (unit) => change(unit, { active: false }),
-    restart: async () => undefined,
+    restart: async (unit) => void log.push(`${unit} restarted`),
     enable: async (unit) => change(unit, { enabled: true }),
     disable: async (unit) => change(unit, { enabled: false }),
   };
@@ -158,6 +158,14 @@ describe("a join as steps", () => {
       expect(files.snapshot()).toEqual(before);
     },
   );
+
+  test("what a killed join left running starts anew with the files of the second", async () => {
+    const { machine, units, log } = fakeMachine();
+    units.set("vmmesh-agent.service", { active: true, enabled: false });
+    await execute(steps, fresh, machine, silent, SIGNAL);
+    expect(log.filter((line) => line.endsWith("restarted"))).toEqual(["vmmesh-agent.service restarted"]);
+    expect(log).toContain("vmmesh-envoy.service active=true");
+  });
 
   test("a journal of a newer vmmesh is refused with advice", async () => {
     const files = new MemoryFiles({ [PATHS.journal]: '{"version":2}' });

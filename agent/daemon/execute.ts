@@ -53,7 +53,9 @@ const EXECUTORS: { readonly [K in keyof StepArgs]: Executor<StepArgs[K]> } = {
     undo: async ({ unit }, { services }) => ({ do: "restore-unit", unit, ...(await services.state(unit)) }),
     async run({ unit, enable }, { services }) {
       if (enable) await services.enable(unit);
-      await services.start(unit);
+      // Left running by a join that was killed: it has read what that one rendered, not what was rendered now.
+      if (!enable && (await services.state(unit)).active) await services.restart(unit);
+      else await services.start(unit);
     },
   },
   "await-ready": {

@@ -4,11 +4,11 @@ import { SECOND_MS } from "../core/time.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import { enroll } from "../identity/enroll.ts";
 import { loadSvid, storeSvid } from "../identity/svid.ts";
-import { applyPlan, removeCapture } from "../iptables/apply.ts";
+import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
 import type { Host } from "../platform/host.ts";
-import type { Services } from "../platform/services.ts";
+import { type Services, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
 import { adminClient } from "../telemetry/admin.ts";
 import { captureWords, planFor, writeCaptureState } from "./capture.ts";
@@ -77,11 +77,14 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
     async installRules(confirmWithinMs, signal) {
       const workload = await readWorkload(host, paths);
       const plan = await planFor(host, workload, owners);
+      const unit = services.kind === "systemd" ? "systemd" : "detached";
+      // We hold the lock: a trial that is still there belongs to a join that was killed.
+      await takeBackTrial(host, paths.rules, unit);
       const checks = await passing(await connectivityChecks(host, paths), signal);
       const trial = await applyPlan(host, renderPlan(plan, { comments: true }), {
         confirmWithinMs,
         rulesDir: paths.rules,
-        unit: services.kind === "systemd" ? "systemd" : "detached",
+        unit,
       });
       const lost = await firstLost(host, checks, signal);
       if (lost !== undefined) {
@@ -99,6 +102,8 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
+      // A repair that runs meanwhile would put back what is being taken out.
+      for (const unit of [UNITS.repair, UNITS.repairTimer, UNITS.repairRun]) await services.stop(unit);
       const report = await removeCapture(host, paths.rules);
       await host.files.remove(paths.captureState);
       if (report.residue.length > 0) {

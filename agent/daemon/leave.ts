@@ -37,7 +37,8 @@ export async function leaveMesh(
     });
   }
   await writeJournal(host.files, paths, { ...journal, state: "leaving" });
-  if (!options.now && journal.state === "joined") {
+  // Also when a leave was interrupted: how far it came with the mesh is not known, and asking twice costs seconds only.
+  if (!options.now && journal.state !== "joining") {
     try {
       await withdraw(machine, options.withdrawWithinMs, progress, signal);
     } catch (thrown) {

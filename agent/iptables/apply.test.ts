@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
-import { applyPlan, covers, loadConfirmed, tableDrift } from "./apply.ts";
+import { applyPlan, covers, loadConfirmed, tableDrift, takeBackTrial } from "./apply.ts";
 import { type CaptureWish, type MachineFacts, planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
 import { renderPlan } from "./render.ts";
@@ -171,4 +171,30 @@ test("a plan covers another if it writes all of its chains", () => {
   const both = planCapture(WISH, MACHINE);
   const one = planCapture({ ...WISH, ipv6: false }, MACHINE);
   expect([covers(both, both), covers(both, one), covers(one, both)]).toEqual([true, true, false]);
+});
+
+describe("a trial whose owner was killed", () => {
+  const rendered = () => renderPlan(planCapture(WISH, MACHINE), { comments: true });
+
+  test("is taken back by the next join, with its timer, and the next trial begins", async () => {
+    const { host, ran, files } = machine();
+    await applyPlan(host, rendered(), OPTIONS);
+    await expect(applyPlan(host, rendered(), OPTIONS)).rejects.toMatchObject({ code: "BUSY" });
+    ran.length = 0;
+    await takeBackTrial(host, OPTIONS.rulesDir, "systemd");
+    expect(ran).toEqual(["sh /rules/gen-00000000/undo.sh trial", "systemctl stop vmmesh-rollback.timer"]);
+    // The script is not run here; it renames the link.
+    await files.remove("/rules/trial");
+    await expect(applyPlan(host, rendered(), OPTIONS)).resolves.toHaveProperty("generation");
+  });
+
+  test("of a former boot is only forgotten: nothing of it is in force", async () => {
+    const { host, ran, files } = machine();
+    await applyPlan(host, rendered(), OPTIONS);
+    await files.writeAtomic("/proc/sys/kernel/random/boot_id", "another\n", { mode: 0o444 });
+    ran.length = 0;
+    await takeBackTrial(host, OPTIONS.rulesDir, "systemd");
+    expect(ran).toEqual(["systemctl stop vmmesh-rollback.timer"]);
+    expect(await files.readLink("/rules/trial")).toBeUndefined();
+  });
 });

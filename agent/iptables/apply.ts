@@ -140,6 +140,25 @@ export async function applyPlan(
   }
 }
 
+/**
+ * Takes back a trial whose owner is gone, without waiting for its timer. Only for a caller that holds the lock of the
+ * machine: then nobody else can be waiting to confirm it.
+ *
+ * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE, STATE_UNREADABLE
+ */
+export async function takeBackTrial(
+  host: Applies,
+  rulesDir: string,
+  unit: ApplyOptions["unit"],
+): Promise<void> {
+  const found = await readState(host.files, rulesDir, "trial");
+  if (found === undefined) return;
+  if (found.state.bootId === (await bootId(host.files))) await undo(host, found.here, "trial");
+  else await host.files.remove(`${rulesDir}/trial`);
+  await stopTimer(host, unit);
+  await removeOldGenerations(host.files, rulesDir);
+}
+
 /** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
 async function removeOldGenerations(files: Files, rulesDir: string): Promise<void> {
   const confirmed = await files.readLink(`${rulesDir}/confirmed`);

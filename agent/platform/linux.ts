@@ -163,20 +163,36 @@ const files: Files = {
   async lock(path) {
     // Node has no flock(2). A lock file that names its holder by pid and start time survives nothing: a dead holder is seen as such.
     const mine = `${process.pid} ${await startTime(process.pid)}`;
+    const draft = `${path}.${randomBytes(6).toString("hex")}`;
     for (let attempt = 0; attempt < 3; attempt += 1) {
       try {
-        await fs.writeFile(path, mine, { flag: "wx", mode: 0o600 });
+        // Whoever held it before may have taken the folder away with it.
+        await fs.mkdir(dirname(path), { recursive: true, mode: 0o700 });
+        // Linked into place when it is complete: one that is still empty would be taken for a dead holder's.
+        await fs.writeFile(draft, mine, { mode: 0o600 });
+        await fs.link(draft, path);
         return {
           async [Symbol.asyncDispose]() {
             if ((await files.readText(path)) === mine) await fs.rm(path, { force: true });
           },
         };
       } catch (thrown) {
-        if ((thrown as NodeJS.ErrnoException).code !== "EEXIST") throw thrown;
+        const { code } = thrown as NodeJS.ErrnoException;
+        if (code === "ENOENT") continue;
+        if (code !== "EEXIST") throw thrown;
+      } finally {
+        await fs.rm(draft, { force: true });
       }
-      const holder = (await files.readText(path))?.split(" ") ?? [];
-      if (holder[0] !== undefined && (await startTime(Number(holder[0]))) === holder[1]) return undefined;
-      await fs.rm(path, { force: true });
+      const found = await files.readText(path);
+      if (found === undefined) continue;
+      const [pid, since] = found.split(" ");
+      if ((await startTime(Number(pid))) === since) return undefined;
+      // Others may have found the same dead holder: what is taken away must still be its lock, not one that came after.
+      const dead = `${draft}.dead`;
+      await fs.rename(path, dead).catch(() => undefined);
+      const taken = await files.readText(dead);
+      if (taken !== undefined && taken !== found) await fs.link(dead, path).catch(() => undefined);
+      await fs.rm(dead, { force: true });
     }
     return undefined;
   },

@@ -8,6 +8,8 @@ export const UNITS = {
   envoy: "vmmesh-envoy.service",
   envoyLog: "vmmesh-envoy-log.socket",
   repair: "vmmesh-rules.path",
+  repairTimer: "vmmesh-rules.timer",
+  repairRun: "vmmesh-rules.service",
   fence: "vmmesh-fence.service",
   target: "vmmesh.target",
 } as const;
@@ -64,7 +66,11 @@ export function systemdServices(host: Pick<Host, "run">): Services {
       };
     },
     start: (unit) => systemctl(["start", unit], "started"),
-    stop: (unit) => systemctl(["stop", unit], "stopped"),
+    async stop(unit) {
+      await systemctl(["stop", unit], "stopped");
+      // What failed before, or was stopped in the middle of a oneshot, would stay on systemd's list of failed units.
+      await host.run({ argv: ["systemctl", "reset-failed", unit] });
+    },
     restart: (unit) => systemctl(["restart", unit], "restarted"),
     enable: (unit) => systemctl(["enable", "--quiet", unit], "enabled"),
     disable: (unit) => systemctl(["disable", "--quiet", unit], "disabled"),
