@@ -85,6 +85,12 @@ interface OptionSet {
   readonly nameservers: readonly string[];
 }
 
+/** The second list once in thirty times: what is refused says little about rules. */
+const mostly = (good: readonly string[], bad: readonly string[]): fc.Arbitrary<string> =>
+  fc.oneof(
+    { weight: 30, arbitrary: fc.constantFrom(...good) },
+    { weight: 1, arbitrary: fc.constantFrom(...bad) },
+  );
 const listOf = (item: fc.Arbitrary<string>): fc.Arbitrary<string> =>
   fc
     .array(fc.oneof({ weight: 12, arbitrary: item }, { weight: 1, arbitrary: fc.constant("") }), {
@@ -109,11 +115,11 @@ const ipv6Text = fc.oneof(
 );
 const cidr = fc.oneof(
   {
-    weight: 20,
+    weight: 60,
     arbitrary: fc.tuple(fc.ipV4(), fc.integer({ min: 0, max: 32 })).map(([ip, bits]) => `${ip}/${bits}`),
   },
   {
-    weight: 20,
+    weight: 60,
     arbitrary: fc.tuple(ipv6Text, fc.integer({ min: 0, max: 128 })).map(([ip, bits]) => `${ip}/${bits}`),
   },
   { weight: 3, arbitrary: fc.constantFrom("127.0.0.1/32", "127.9.9.9/8", "::1/128") },
@@ -131,26 +137,7 @@ const cidr = fc.oneof(
     ),
   },
 );
-const truth = fc.oneof(
-  {
-    weight: 9,
-    arbitrary: fc.constantFrom(
-      "1",
-      "t",
-      "T",
-      "true",
-      "TRUE",
-      "True",
-      "0",
-      "f",
-      "F",
-      "false",
-      "FALSE",
-      "False",
-    ),
-  },
-  { weight: 1, arbitrary: fc.constantFrom("", "yes", "tRUE", "2") },
-);
+const truth = mostly("1 t T true TRUE True 0 f F false FALSE False".split(" "), ["", "yes", "tRUE", "2"]);
 const text = fc.constantFrom("", "15001", "15106", "0x539", "9", "=5", "-p");
 const VALUES: Readonly<Record<string, fc.Arbitrary<string>>> = {
   "istio-inbound-interception-mode": fc.constantFrom("TPROXY", "TPROXY", "REDIRECT", "tproxy", "NONE", ""),
@@ -164,25 +151,23 @@ const VALUES: Readonly<Record<string, fc.Arbitrary<string>>> = {
   "kube-virt-interfaces": listOf(nic),
   "proxy-uid": listOf(id),
   "proxy-gid": listOf(id),
-  "force-iptables-binary": fc.constantFrom("", "nft", "legacy", "nft", "legacy", "other"),
-  "iptables-probe-port": fc.constantFrom("15002", "0x10", "65536", "", "-1", "0", "010", "08"),
-  "probe-timeout": fc.constantFrom("5s", "1m2.5s", "5", "", "0", ".5h", "-1ns"),
+  "force-iptables-binary": mostly(["", "nft", "legacy"], ["other"]),
+  "iptables-probe-port": mostly(["15002", "0x10", "0", "010"], ["65536", "", "-1", "08"]),
+  "probe-timeout": mostly(["5s", "1m2.5s", "0", ".5h", "-1ns"], ["5", ""]),
 };
+const NOTHING_APPLIED = /^(skip-rule-apply|cleanup-only)$/;
 const VARIABLES = fc.record(
   {
     ENVOY_USER: fc.constantFrom("istio-proxy", "nobody", "nosuch", ""),
     ENVOY_PORT: port,
     ISTIO_OUTBOUND_OWNER_GROUPS: fc.oneof(
-      starOr(listOf(id)),
-      fc.constantFrom("g,".repeat(64), "g,".repeat(65)),
+      { weight: 20, arbitrary: starOr(listOf(id)) },
+      { weight: 1, arbitrary: fc.constantFrom("g,".repeat(64), "g,".repeat(65)) },
     ),
     ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: listOf(id),
-    ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: fc.oneof(
-      { weight: 9, arbitrary: fc.constantFrom("127.0.0.1/8", "127.0.0.1/32", "127.1.2.3/24") },
-      {
-        weight: 1,
-        arbitrary: fc.constantFrom("127.0.0.0/7", "10.0.0.0/8", "::1/128", "::ffff:127.0.0.1/120", ""),
-      },
+    ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: mostly(
+      ["127.0.0.1/8", "127.0.0.1/32", "127.1.2.3/24"],
+      ["127.0.0.0/7", "10.0.0.0/8", "::1/128", "::ffff:127.0.0.1/120", ""],
     ),
   },
   { requiredKeys: [] },
@@ -208,6 +193,9 @@ function spelled(spec: FlagSpec): fc.Arbitrary<Pick<OptionSet, "argv" | "env">> 
   return fc.oneof(onLine, ...inEnvironment, ...inEnvironment);
 }
 
+const flagOf = (wanted: (long: string) => boolean): fc.Arbitrary<Pick<OptionSet, "argv" | "env">> =>
+  fc.constantFrom(...PEER_FLAGS.filter(({ long }) => !LEFT_OUT.test(long) && wanted(long))).chain(spelled);
+
 const server = fc.oneof(
   { weight: 8, arbitrary: fc.oneof(fc.constant("127.0.0.53"), fc.ipV4(), ipv6Text) },
   { weight: 1, arbitrary: fc.constantFrom("localhost", "fe80::1%eth0", "1.2.3", "FE80::A%b") },
@@ -215,7 +203,10 @@ const server = fc.oneof(
 const optionSet: fc.Arbitrary<OptionSet> = fc
   .record({
     parts: fc.array(
-      fc.constantFrom(...PEER_FLAGS.filter(({ long }) => !LEFT_OUT.test(long))).chain(spelled),
+      fc.oneof(
+        { weight: 60, arbitrary: flagOf((long) => !NOTHING_APPLIED.test(long)) },
+        { weight: 1, arbitrary: flagOf((long) => NOTHING_APPLIED.test(long)) },
+      ),
       { maxLength: 12 },
     ),
     // What decides about most rules is asked for more often than the other forty words.
@@ -228,7 +219,7 @@ const optionSet: fc.Arbitrary<OptionSet> = fc
       },
     ),
     variables: VARIABLES,
-    families: fc.constantFrom([4], [6], [4, 6]) as fc.Arbitrary<(4 | 6)[]>,
+    families: fc.constantFrom([4], [6], [6], [4, 6]) as fc.Arbitrary<(4 | 6)[]>,
     nameservers: fc.array(server, { maxLength: 3 }),
   })
   .map(({ parts, dns, stray, variables, families, nameservers }) => ({
