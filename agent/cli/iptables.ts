@@ -8,6 +8,7 @@ import { removeCapture } from "../iptables/apply.ts";
 import { auditCapture, auditExitCode, type Finding } from "../iptables/audit.ts";
 import { describePlan } from "../iptables/plan.ts";
 import { renderPlan } from "../iptables/render.ts";
+import { hasSystemd, systemdServices, UNITS } from "../platform/services.ts";
 import { readOwners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
 import { planOfPeer, wantsPeer } from "./compat.ts";
@@ -79,7 +80,10 @@ export async function clean(options: Options): Promise<number> {
   requireRoot("vmmesh iptables clean");
   const context = openContext(options);
   await using _lock = await takeLock(context);
-  const report = await removeCapture(context.host, context.paths.rules);
+  const { host } = context;
+  const report = await removeCapture(host, context.paths.rules, async () => {
+    if (await hasSystemd(host)) await systemdServices(host).stop(UNITS.repairRun);
+  });
   await writeCaptureState(context.host, context.paths, { inForce: false });
   if (wantsJson(options)) print(report);
   else {

@@ -102,9 +102,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
-      // A repair that runs meanwhile would put back what is being taken out.
-      for (const unit of [UNITS.repair, UNITS.repairTimer, UNITS.repairRun]) await services.stop(unit);
-      const report = await removeCapture(host, paths.rules);
+      const report = await removeCapture(host, paths.rules, () => services.stop(UNITS.repairRun));
       await host.files.remove(paths.captureState);
       if (report.residue.length > 0) {
         throw new VmmeshError("RULES_REJECTED", `rules of ours are still there: ${report.residue[0]}`, {

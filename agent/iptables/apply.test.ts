@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
-import { applyPlan, covers, loadConfirmed, tableDrift, takeBackTrial } from "./apply.ts";
+import { applyPlan, covers, loadConfirmed, removeCapture, tableDrift, takeBackTrial } from "./apply.ts";
 import { type CaptureWish, type MachineFacts, planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
 import { renderPlan } from "./render.ts";
@@ -196,5 +196,35 @@ describe("a trial whose owner was killed", () => {
     await takeBackTrial(host, OPTIONS.rulesDir, "systemd");
     expect(ran).toEqual(["systemctl stop vmmesh-rollback.timer"]);
     expect(await files.readLink("/rules/trial")).toBeUndefined();
+  });
+});
+
+describe("taking the rules out", () => {
+  const confirmed = async () => {
+    const { host, ran, files } = machine();
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE), { comments: true }), OPTIONS);
+    await files.swapLink("/rules/confirmed", "gen-00000000");
+    await files.remove("/rules/trial");
+    ran.length = 0;
+    return { host, ran, files };
+  };
+
+  test("no repair finds anything to put back from the first moment on", async () => {
+    const { host, ran, files } = await confirmed();
+    await removeCapture(host, OPTIONS.rulesDir, async () => {
+      expect(ran).toEqual([]);
+      expect(await files.readLink("/rules/confirmed")).toBeUndefined();
+      expect(await loadConfirmed(host, OPTIONS.rulesDir)).toMatchObject({ state: "nothing confirmed" });
+    });
+    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now");
+    expect(await files.list("/rules")).toBeUndefined();
+  });
+
+  test("killed before the rules are out, the next one still knows them", async () => {
+    const { host, ran } = await confirmed();
+    const killed = removeCapture(host, OPTIONS.rulesDir, () => Promise.reject(new Error("killed")));
+    await expect(killed).rejects.toThrow("killed");
+    expect((await removeCapture(host, OPTIONS.rulesDir)).removed).toEqual(["/rules/gen-00000000"]);
+    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now");
   });
 });

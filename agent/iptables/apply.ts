@@ -161,9 +161,11 @@ export async function takeBackTrial(
 
 /** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
 async function removeOldGenerations(files: Files, rulesDir: string): Promise<void> {
-  const confirmed = await files.readLink(`${rulesDir}/confirmed`);
+  const inForce = await Promise.all(
+    (["confirmed", "retired"] as const).map((link) => files.readLink(`${rulesDir}/${link}`)),
+  );
   for (const name of (await files.list(rulesDir)) ?? []) {
-    if (name === "undone" || (name.startsWith("gen-") && name !== confirmed))
+    if (name === "undone" || (name.startsWith("gen-") && !inForce.includes(name)))
       await files.remove(`${rulesDir}/${name}`);
   }
 }
@@ -381,7 +383,7 @@ function writeState(files: Files, here: string, state: GenerationFile): Promise<
 export async function readState(
   files: Files,
   rulesDir: string,
-  link: "confirmed" | "trial",
+  link: "confirmed" | "trial" | "retired",
 ): Promise<{ here: string; state: GenerationFile } | undefined> {
   const generation = await files.readLink(`${rulesDir}/${link}`);
   if (generation === undefined) return undefined;
@@ -524,13 +526,25 @@ export interface RemoveReport {
 /**
  * Takes out what was applied, by the record in `rulesDir`, and then the record. Other programs' rules are not touched.
  *
+ * @param endRepairs ends a repair that is under way; it would put back what is being taken out
  * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE; the record stays, so that the command can be given again
  */
-export async function removeCapture(host: Applies, rulesDir: string): Promise<RemoveReport> {
+export async function removeCapture(
+  host: Applies,
+  rulesDir: string,
+  endRepairs: () => Promise<void> = async () => undefined,
+): Promise<RemoveReport> {
   const removed: string[] = [];
   let residue: string[] = [];
   let foreignUnchanged = true;
-  for (const link of ["trial", "confirmed"] as const) {
+  // A repair that begins after this finds nothing confirmed; whoever comes after a kill still finds the record.
+  const confirmed = await host.files.readLink(`${rulesDir}/confirmed`);
+  if (confirmed !== undefined) {
+    await host.files.swapLink(`${rulesDir}/retired`, confirmed);
+    await host.files.remove(`${rulesDir}/confirmed`);
+  }
+  await endRepairs();
+  for (const link of ["trial", "retired"] as const) {
     const found = await readableState(host.files, rulesDir, link);
     if (found === undefined) continue;
     const { here, state } = found;

@@ -8,7 +8,6 @@ export const UNITS = {
   envoy: "vmmesh-envoy.service",
   envoyLog: "vmmesh-envoy-log.socket",
   repair: "vmmesh-rules.path",
-  repairTimer: "vmmesh-rules.timer",
   repairRun: "vmmesh-rules.service",
   fence: "vmmesh-fence.service",
   target: "vmmesh.target",
