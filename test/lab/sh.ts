@@ -36,8 +36,10 @@ export async function sh(argv: readonly string[], options: ShOptions = {}): Prom
   const timeoutMs = options.timeoutMs ?? 600_000;
   const expire = (): void => {
     timedOut = true;
-    // nsenter passes no signal on to what it runs in a machine, so that ending it alone would leave that running.
-    if (child.pid !== undefined) killTree(child.pid);
+    // nsenter passes no signal on to what it runs in a machine, so that ending it alone would leave that running. It has
+    // to reap that, too: an orphan of it falls to this machine's PID 1, and until that reaps it no reboot gets done.
+    if (child.pid !== undefined) for (const started of childrenOf(child.pid)) killTree(started);
+    setTimeout(() => child.kill("SIGKILL"), 100);
     // What went to the background in a machine is no child any more, and may hold these open.
     child.stdout?.destroy();
     child.stderr?.destroy();
