@@ -31,6 +31,10 @@ export interface Paths {
   readonly envoyAdminSocket: string;
   /** Directory of the FIFO that carries Envoy's access log. */
   readonly envoyLogRun: string;
+  /** Directory of the next. */
+  readonly nftRun: string;
+  /** FIFO of what the kernel tells of changes to its rules; vmmesh 0600. */
+  readonly nftEvents: string;
   /** What root last saw of the rules, for the agent to show; root 0644. */
   readonly captureState: string;
   /** The agent asks for repair of the rules by touching this file; its content is never read. */
@@ -63,6 +67,8 @@ export function paths(root = "/"): Paths {
     envoyRun: at("/run/vmmesh-envoy"),
     envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
     envoyLogRun: at("/run/vmmesh-envoy-log"),
+    nftRun: at("/run/vmmesh-nftmon"),
+    nftEvents: at("/run/vmmesh-nftmon/events"),
     captureState: at("/run/vmmesh-capture.json"),
     repairRequest: at("/run/vmmesh/repair-request"),
   };

@@ -1,4 +1,3 @@
-import type { Paths } from "../core/paths.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import { type CapturePlan, type CaptureWish, planCapture } from "../iptables/plan.ts";
 import { readMachine } from "../iptables/read.ts";
@@ -38,38 +37,6 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
 
 export async function planFor(host: Host, workload: Workload, owners: Owners): Promise<CapturePlan> {
   return planCapture(await captureWish(host, workload, owners), await readMachine(host));
-}
-
-/** What root last saw of the rules; the agent, which may not read them, shows it. */
-export interface CaptureState {
-  readonly inForce: boolean;
-  readonly repairs: number;
-  readonly inbound: string;
-  readonly outbound: string;
-}
-
-const NOTHING: CaptureState = { inForce: false, repairs: 0, inbound: "nothing", outbound: "nothing" };
-
-export async function readCaptureState(
-  files: Pick<Host["files"], "readText">,
-  paths: Paths,
-): Promise<CaptureState> {
-  const text = await files.readText(paths.captureState);
-  if (text === undefined) return NOTHING;
-  try {
-    return { ...NOTHING, ...(JSON.parse(text) as Partial<CaptureState>) };
-  } catch {
-    return NOTHING;
-  }
-}
-
-export async function writeCaptureState(
-  host: Pick<Host, "files">,
-  paths: Paths,
-  change: Partial<CaptureState>,
-): Promise<void> {
-  const state = { ...(await readCaptureState(host.files, paths)), ...change };
-  await host.files.writeAtomic(paths.captureState, `${JSON.stringify(state)}\n`, { mode: 0o644 });
 }
 
 /** The two lines of `vmmesh status` on capture. */

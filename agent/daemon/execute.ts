@@ -153,7 +153,14 @@ export async function unwind(
   }
   // What systemd keeps for an agent that restarts (RuntimeDirectoryPreserve=) nobody needs any more. The journal goes last.
   const { paths } = machine;
-  for (const path of [paths.run, paths.envoyRun, paths.envoyLogRun, paths.captureState, paths.hostState]) {
+  for (const path of [
+    paths.run,
+    paths.envoyRun,
+    paths.envoyLogRun,
+    paths.nftRun,
+    paths.captureState,
+    paths.hostState,
+  ]) {
     await machine.host.files.remove(path);
   }
 }

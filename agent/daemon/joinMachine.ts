@@ -11,7 +11,8 @@ import type { Host } from "../platform/host.ts";
 import { type Services, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
 import { adminClient } from "../telemetry/admin.ts";
-import { captureWords, planFor, writeCaptureState } from "./capture.ts";
+import { captureWords, planFor } from "./capture.ts";
+import { writeCaptureState } from "./captureState.ts";
 import type { Machine } from "./execute.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 

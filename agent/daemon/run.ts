@@ -26,7 +26,9 @@ import { Notifier } from "../telemetry/notify.ts";
 import { parseAppTargets, serveScrape } from "../telemetry/scrape.ts";
 import type { StatusSnapshot } from "../telemetry/status.ts";
 import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
-import { captureWords, readCaptureState } from "./capture.ts";
+import { captureWords } from "./capture.ts";
+import { readCaptureState } from "./captureState.ts";
+import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
 const RESOLV_CONF = "/etc/resolv.conf";
@@ -455,6 +457,21 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                   await envoyAdmin.drainInbound();
                 },
               },
+            },
+            scope,
+          ),
+      },
+      {
+        name: "rules",
+        onFailure: "restart",
+        run: (scope) =>
+          watchRules(
+            {
+              host,
+              paths,
+              conditions,
+              log: log.child("rules"),
+              onRepaired: (by) => metrics.captureRepairs.inc({ by }),
             },
             scope,
           ),

@@ -1,11 +1,12 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Host } from "../platform/host.ts";
 import { withoutCounters } from "./parse.ts";
-import { type CapturePlan, type CaptureWish, planCapture } from "./plan.ts";
+import { type CapturePlan, type CaptureWish, type FamilyPlan, planCapture } from "./plan.ts";
 import {
   foreignIstio,
   listNftTable,
   readMachine,
+  readTable,
   readTables,
   refused,
   type SeenTable,
@@ -127,7 +128,10 @@ export async function applyPlan(
       await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
     await applyNft(host, rendered);
     const appliedInMs = host.clock.monotonicMs() - started;
-    await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
+    await writeState(host.files, here, {
+      ...state,
+      ...(await printed(host, plan)),
+    });
     return {
       generation,
       appliedInMs,
@@ -434,6 +438,8 @@ export interface LoadReport {
 /**
  * Holds the kernel equal to the confirmed rules; what boot and every repair call. Reads first, and writes only tables in
  * which something is missing, changed or displaced, each in one transaction without a gap. Giving it twice changes nothing.
+ *
+ * What others displace is looked at first: order in nat, guard and fence, some seven programs; then every chain, some thirty.
  */
 export async function loadConfirmed(host: Applies, rulesDir: string): Promise<LoadReport> {
   const dropped = (await dropDeadTrial(host, rulesDir)) === "dropped";
@@ -445,62 +451,80 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
   if (confirmed === undefined) return { state: "nothing confirmed", repaired: [], droppedTrial: dropped };
   const { here, state } = confirmed;
   const { plan } = state;
-  const repaired: string[] = [];
-
-  const rendered = renderPlan(plan, COMMENTS);
-  const lost: Pick<RenderedPlan, "guard" | "fence"> = {
-    guard: (await nftDrift(
-      host,
-      state,
-      nftTables(plan).filter((name) => name.endsWith(" vmmesh")),
-      repaired,
-    ))
-      ? rendered.guard
-      : undefined,
-    fence: (await nftDrift(
-      host,
-      state,
-      nftTables(plan).filter((name) => name.endsWith("-fence")),
-      repaired,
-    ))
-      ? rendered.fence
-      : undefined,
-  };
-  await applyNft(host, lost);
+  // Both families and nft side by side: none waits for another's thousand rules.
+  const first = await Promise.all([
+    ...plan.families.map((wanted) => mendTable(host, state, wanted, "nat", "order")),
+    mendNft(host, state),
+  ]);
   await addPassthroughAddress(host, here, plan);
-  const seen = await readTables(host, plan);
-  for (const { family } of plan.families) {
-    const broken = seen.flatMap((table) => {
-      const why = table.family === family ? tableDrift(table, state.printed) : undefined;
-      if (why !== undefined) repaired.push(why);
-      return why === undefined ? [] : [table.table];
-    });
-    if (broken.length > 0) await applyFamily(host, plan, family, broken, seen);
-  }
+  const rest = await Promise.all(
+    plan.families.flatMap((wanted) =>
+      // One after the other within a family: legacy has one lock.
+      TABLES.reduce<Promise<string[]>>(
+        async (before, table) => [
+          ...(await before),
+          ...(await mendTable(host, state, wanted, table, "everything")),
+        ],
+        Promise.resolve([]),
+      ),
+    ),
+  );
+  const repaired = [...first, ...rest].flat();
   if (repaired.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
   return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };
 }
 
-async function nftDrift(
+/** Guard and fence: what is gone or changed is loaded again, both in one transaction. @returns what was mended */
+async function mendNft(host: Applies, { plan, nft }: GenerationFile): Promise<string[]> {
+  const tables = await Promise.all(
+    nftTables(plan).map(async (name) => ({ name, now: await listNftTable(host, name) })),
+  );
+  const lost = tables.filter(({ name, now }) => now !== nft[name]);
+  if (lost.length === 0) return [];
+  const { guard, fence } = renderPlan(plan, COMMENTS);
+  const isFence = ({ name }: { name: string }): boolean => name.endsWith("-fence");
+  await applyNft(host, {
+    guard: lost.every(isFence) ? undefined : guard,
+    fence: lost.some(isFence) ? fence : undefined,
+  });
+  return lost.map(({ name, now }) => `table ${name} was ${now === undefined ? "gone" : "changed"}`);
+}
+
+/**
+ * One iptables table of one family.
+ * @param what `order`: are the jumps there and ahead; our own chains are not read
+ * @returns what was mended
+ */
+async function mendTable(
   host: Applies,
-  state: GenerationFile,
-  tables: readonly string[],
-  repaired: string[],
-): Promise<boolean> {
-  let drift = false;
-  for (const name of tables) {
-    const now = await listNftTable(host, name);
-    if (now === state.nft[name]) continue;
-    drift = true;
-    repaired.push(`table ${name} was ${now === undefined ? "gone" : "changed"}`);
-  }
-  return drift;
+  { plan, printed: wantedPrint }: GenerationFile,
+  wanted: FamilyPlan,
+  table: SeenTable["table"],
+  what: "order" | "everything",
+): Promise<string[]> {
+  const { family } = wanted;
+  if (plan.backend === undefined || plan.programs[family] === undefined) return [];
+  if (tableRules(wanted, table).length === 0) return [];
+  const known = what === "order" ? printedOwn(wantedPrint, family, table) : undefined;
+  const seen = await readTable(host, plan, wanted, table, known);
+  const why = tableDrift(seen, wantedPrint);
+  if (why === undefined) return [];
+  await applyFamily(host, plan, family, [table], [seen]);
+  return [why];
+}
+
+function printedOwn(
+  printed: readonly PrintedTable[],
+  family: Family,
+  table: SeenTable["table"],
+): readonly string[] {
+  return printed.find((it) => it.family === family && it.table === table)?.own ?? [];
 }
 
 /** Why a table has to be written again, in one sentence; undefined if it is as it should be. Pure. */
 export function tableDrift(seen: SeenTable, wanted: readonly PrintedTable[]): string | undefined {
   const name = `${seen.table} (IPv${seen.family})`;
-  const own = wanted.find((it) => it.family === seen.family && it.table === seen.table)?.own ?? [];
+  const own = printedOwn(wanted, seen.family, seen.table);
   const [first] = seen.ahead;
   if (seen.missing.length > 0) return `${name}: the jump in ${seen.missing.join(" and ")} was missing`;
   if (first !== undefined) {

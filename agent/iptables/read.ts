@@ -206,34 +206,41 @@ export async function readChain(
 /** What of the plan is in the kernel's iptables now. A few milliseconds a chain, whatever other rules there are. */
 export async function readTables(host: Reads, plan: CapturePlan): Promise<SeenTable[]> {
   if (plan.backend === undefined) return [];
-  const seen: SeenTable[] = [];
-  for (const wanted of plan.families) {
-    if (plan.programs[wanted.family] === undefined) continue;
-    for (const table of TABLES) {
-      if (tableRules(wanted, table).length > 0) seen.push(await readTable(host, plan, wanted, table));
-    }
-  }
-  return seen;
+  const wanted = plan.families.filter(({ family }) => plan.programs[family] !== undefined);
+  return Promise.all(
+    wanted.flatMap((of) =>
+      TABLES.filter((table) => tableRules(of, table).length > 0).map((table) =>
+        readTable(host, plan, of, table),
+      ),
+    ),
+  );
 }
 
-async function readTable(
+/**
+ * One table of one family; its chains are read side by side, for a repair waits for the slowest.
+ * @param known what is in our own chains, if that is known already
+ */
+export async function readTable(
   host: Reads,
   plan: CapturePlan,
   wanted: FamilyPlan,
   table: Table,
+  known?: readonly string[],
 ): Promise<SeenTable> {
   const { family } = wanted;
   const chains = ownChains(wanted, table);
-  const own: string[] = [];
-  for (const chain of chains)
-    own.push(...(await readChain(host, plan, family, table, chain)).map((rule) => rule.line));
+  const read = (chain: string): Promise<ParsedRule[]> => readChain(host, plan, family, table, chain);
+  const [own, hookRules] = await Promise.all([
+    known ?? Promise.all(chains.map(read)).then((rules) => rules.flat().map(({ line }) => line)),
+    Promise.all(HOOKS.map(read)),
+  ]);
   const jumps: SeenJump[] = [];
   const ahead: Ahead[] = [];
   const benign: string[] = [];
   const untracking: string[] = [];
   const missing: string[] = [];
-  for (const hook of HOOKS) {
-    const rules = await readChain(host, plan, family, table, hook);
+  for (const [at, hook] of HOOKS.entries()) {
+    const rules = hookRules[at] ?? [];
     const ours = rules.filter((rule) => rule.target !== undefined && chains.includes(rule.target));
     jumps.push(...ours.map((rule) => ({ table, line: rule.line })));
     if (!tableRules(wanted, table).some((rule) => rule.chain === hook)) continue;

@@ -75,6 +75,8 @@ export interface Files {
   touch(path: string): Promise<void>;
   /** One event per change of anything in a directory (coalesced), until `signal` aborts. */
   watch(directory: string, signal: AbortSignal): AsyncIterable<void>;
+  /** Whole lines out of a FIFO, as its writers come and go, until `signal` aborts. @throws the errno error of open(2) */
+  lines(path: string, signal: AbortSignal): AsyncIterable<string>;
   /**
    * Holds an exclusive lock on a file while this process lives.
    * @returns undefined if another process holds it

@@ -123,7 +123,8 @@ export const METRICS = {
   captureRepairs: {
     name: "vmmesh_capture_repairs_total",
     type: "counter",
-    help: "Times that the redirect rules had to be restored.",
+    help: "Times that the redirect rules were put right after a program had moved them, by its name.",
+    labels: ["by"],
   },
   captureInForce: {
     name: "vmmesh_capture_in_force",

@@ -107,6 +107,9 @@ export class MemoryFiles implements Files {
     if (!this.nodes.has(path)) await this.writeAtomic(path, "", { mode: 0o660 });
   }
   async *watch(): AsyncIterable<void> {}
+  async *lines(path: string): AsyncIterable<string> {
+    yield* ((await this.readText(path)) ?? "").split("\n").slice(0, -1);
+  }
   async lock(): Promise<AsyncDisposable> {
     return { async [Symbol.asyncDispose]() {} };
   }

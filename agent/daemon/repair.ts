@@ -1,0 +1,46 @@
+import { messageOf } from "../core/errors.ts";
+import type { Paths } from "../core/paths.ts";
+import { type Applies, loadConfirmed } from "../iptables/apply.ts";
+import type { Host } from "../platform/host.ts";
+import { readCaptureState, writeCaptureState } from "./captureState.ts";
+
+/**
+ * Puts the confirmed rules right and says what was mended. Takes no word from anybody. What it does on every run is little
+ * and loads little: an order that was lost waits for it.
+ *
+ * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE, STATE_UNREADABLE
+ */
+export async function repairCapture(
+  host: Applies & Pick<Host, "net">,
+  paths: Paths,
+  say: (line: string) => void,
+): Promise<void> {
+  const report = await loadConfirmed(host, paths.rules);
+  if (report.state === "nothing confirmed") return;
+  const state = await readCaptureState(host.files, paths);
+  for (const line of report.repaired) say(`repaired: ${line}`);
+  if (state.inForce && report.repaired.length === 0) return;
+  await writeCaptureState(host, paths, {
+    inForce: true,
+    repairs: state.repairs + report.repaired.length,
+    ...(state.inForce ? {} : await words(host, paths, say)),
+  });
+}
+
+/** The words of `vmmesh status` are lost with /run at a reboot; only then the mesh's papers are read, with all that reads them. */
+async function words(
+  host: Pick<Host, "files" | "net">,
+  paths: Paths,
+  say: (line: string) => void,
+): Promise<{ inbound: string; outbound: string } | undefined> {
+  try {
+    const [{ captureWords }, { readWorkload }] = await Promise.all([
+      import("./capture.ts"),
+      import("./workloadFiles.ts"),
+    ]);
+    return captureWords(await readWorkload(host, paths));
+  } catch (thrown) {
+    say(`what is captured cannot be told: ${messageOf(thrown)}`);
+    return undefined;
+  }
+}

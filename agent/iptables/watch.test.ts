@@ -1,0 +1,125 @@
+import { describe, expect, test } from "vitest";
+import { type Change, monitorReader, PACE, Pace } from "./watch.ts";
+
+/** What `nft monitor` (1.0.6) printed for the commands in the names. */
+const BY = (comm: string): string => `# new generation 3 by process 22222 (${comm})`;
+const changes = (...lines: string[]): (Change | undefined)[] => {
+  const read = monitorReader();
+  return lines.map(read).filter((it) => it !== undefined);
+};
+
+describe("what concerns us", () => {
+  test.for([
+    {
+      name: "iptables -t nat -I OUTPUT 1 -j KUBE-SERVICES",
+      lines: ["insert rule ip nat OUTPUT  counter packets 0 bytes 0 jump KUBE-SERVICES", BY("iptables")],
+      program: "kube-proxy",
+    },
+    {
+      name: "iptables -t nat -F",
+      lines: ["delete rule ip nat OUTPUT handle 4", BY("iptables")],
+      program: "iptables",
+    },
+    {
+      name: "nft flush ruleset",
+      lines: [
+        "delete rule inet foo x handle 2",
+        "delete chain ip nat OUTPUT",
+        "delete table ip nat",
+        "delete table ip vmmesh",
+        BY("nft"),
+      ],
+      program: "nft",
+    },
+    {
+      name: "the end of our fence",
+      lines: ["delete table inet vmmesh-fence", BY("nft")],
+      program: "nft",
+    },
+    {
+      name: "a rule in one of our chains",
+      lines: ["insert rule ip nat ISTIO_OUTPUT counter packets 0 bytes 0 accept", BY("iptables")],
+      program: "iptables",
+    },
+    {
+      name: "a rule in a chain that a hook may lead to",
+      lines: ["add rule ip6 raw cali-OUTPUT counter packets 0 bytes 0 notrack", BY("iptables-restor")],
+      program: "iptables-restor",
+    },
+    {
+      name: "a process whose name has brackets",
+      lines: ["delete table ip nat", BY("a (b)")],
+      program: "a (b)",
+    },
+  ])("$name", ({ lines, program }) => {
+    expect(changes(...lines)).toMatchObject([{ kind: "foreign", by: { program, pid: 22_222 } }]);
+  });
+
+  test.for([
+    {
+      name: "Kubernetes' own chains",
+      line: "add rule ip nat KUBE-SVC-X counter packets 0 bytes 0 jump KUBE-SEP-Y",
+    },
+    { name: "another family", line: "add rule inet firewalld nat_OUTPUT jump x" },
+    { name: "table filter", line: "insert rule ip filter OUTPUT counter packets 0 bytes 0 drop" },
+    {
+      name: "a new table and its hooks",
+      line: "add chain ip nat OUTPUT { type nat hook output priority -100; policy accept; }",
+    },
+    { name: "an element of a set", line: "add element ip vmmesh x { 1.2.3.4 timeout 1s expires 1s }" },
+    { name: "anything that is no event", line: "hello" },
+  ])("$name is not", ({ line }) => {
+    expect(changes(line, BY("x"))).toEqual([]);
+  });
+
+  test("our own repair is known by what it writes, and is no reason for another", () => {
+    expect(
+      changes(
+        "delete rule ip nat ISTIO_OUTPUT handle 9",
+        "add rule ip nat ISTIO_OUTPUT meta skuid 997 counter packets 0 bytes 0 return",
+        "delete rule ip nat OUTPUT handle 4",
+        "insert rule ip nat OUTPUT  counter packets 0 bytes 0 jump ISTIO_OUTPUT",
+        BY("iptables-nft-re"),
+        "delete table ip vmmesh",
+        "add table ip vmmesh",
+        BY("nft"),
+      ),
+    ).toEqual([{ kind: "ours" }, { kind: "ours" }]);
+  });
+
+  test("events that the kernel dropped may have been any", () => {
+    expect(changes("# ERROR: We lost some netlink events!")).toEqual([{ kind: "lost" }]);
+  });
+
+  test("one transaction's events are not counted to the next", () => {
+    expect(changes("delete table ip nat", BY("one"), "add table inet foo", BY("two"))).toHaveLength(1);
+  });
+});
+
+describe("the pace", () => {
+  test("the first event at once, the next ones a quarter of a second apart", () => {
+    const pace = new Pace();
+    expect(pace.event(0)).toBe(0);
+    pace.requested(0);
+    expect([pace.event(1), pace.event(100), pace.event(PACE.apartMs)]).toEqual([249, 150, 0]);
+  });
+
+  test("a duel is answered slowly, but always, until it is over", () => {
+    const pace = new Pace();
+    const asked: number[] = [];
+    let due = Number.POSITIVE_INFINITY;
+    for (let now = 0; now < 60_000; now += 50) {
+      if (now >= due) {
+        pace.requested(now);
+        asked.push(now);
+        due = Number.POSITIVE_INFINITY;
+      } else if (due === Number.POSITIVE_INFINITY) due = now + pace.event(now);
+    }
+    expect(asked.filter((at) => at < PACE.withinMs).length).toBeLessThanOrEqual(PACE.duel + 2);
+    expect(asked.filter((at) => at >= 20_000 && at < 60_000)).toHaveLength(8);
+    expect(pace.slow).toBe(true);
+    expect(pace.quiet(60_000)).toBe(false);
+    expect(pace.quiet(80_000)).toBe(true);
+    expect(pace.event(80_001)).toBe(0);
+  });
+});

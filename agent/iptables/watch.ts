@@ -1,0 +1,143 @@
+import { ownerOfChain } from "./parse.ts";
+import { CHAIN, HOOKS } from "./rules.ts";
+
+/** Who wrote a generation of the ruleset, as far as the kernel says. */
+export interface Writer {
+  /** Name of the program whose rules they are, if their chains tell, else of the process that wrote them. */
+  readonly program: string;
+  /** Of the process that wrote; in a container's own numbers only if the agent is not in one. */
+  readonly pid: number | undefined;
+}
+
+/** What one transaction of somebody meant for us. */
+export type Change =
+  /** It may have displaced, changed or removed something of ours. `line` is the first that may. */
+  | { readonly kind: "foreign"; readonly by: Writer; readonly line: string }
+  /** Our own rules were put (back) in place. */
+  | { readonly kind: "ours" }
+  /** The kernel dropped events: anything may have happened. */
+  | { readonly kind: "lost" };
+
+const EVENT =
+  /^(add|create|insert|delete|flush|destroy|replace) (table|chain|rule) (ip6?|inet) (\S+)(?: (\S+))?(.*)$/;
+const GENERATION = /^# new generation \d+ by process (\d+) \((.*)\)$/;
+const LOST = /lost some netlink events/i;
+const IPTABLES_TABLES: readonly string[] = ["nat", "raw", "mangle"];
+const OUR_TABLE = /^vmmesh(-fence)?$/;
+const OUR_CHAINS: readonly string[] = Object.values(CHAIN);
+/** Thousands of rules, rewritten all the time; whether something jumps to them from a hook is what counts. */
+const UNREAD = new Set(["kube-proxy", "docker"]);
+
+/**
+ * Reads the text of `nft monitor` line by line; a transaction ends with its `# new generation` line (only the text form
+ * has it). iptables-legacy causes no events.
+ *
+ * @returns a function that gives what a line completes, if it completes anything that matters
+ */
+export function monitorReader(): (line: string) => Change | undefined {
+  let touched: string | undefined;
+  let ours = false;
+  let owner: string | undefined;
+  return (line) => {
+    if (LOST.test(line)) return { kind: "lost" };
+    const end = line.startsWith("#") ? GENERATION.exec(line) : null;
+    if (end === null) {
+      const event = readEvent(line);
+      if (event === undefined) return undefined;
+      ours ||= event.ours;
+      if (event.concerns) {
+        touched ??= line.trim();
+        owner ??= event.owner;
+      }
+      return undefined;
+    }
+    const [, pid = "", comm = ""] = end;
+    const change: Change | undefined = ours
+      ? { kind: "ours" }
+      : touched === undefined
+        ? undefined
+        : {
+            kind: "foreign",
+            by: { program: owner ?? comm, pid: Number(pid) > 0 ? Number(pid) : undefined },
+            line: touched,
+          };
+    touched = undefined;
+    ours = false;
+    owner = undefined;
+    return change;
+  };
+}
+
+interface Event {
+  readonly concerns: boolean;
+  /** Only we write this: the jump to our chain put in at the top, or one of our tables made. */
+  readonly ours: boolean;
+  readonly owner: string | undefined;
+}
+
+function readEvent(line: string): Event | undefined {
+  const match = EVENT.exec(line);
+  if (match === null) return undefined;
+  const [, verb = "", object = "", family = "", table = "", chain = "", rest = ""] = match;
+  const removes = verb === "delete" || verb === "flush" || verb === "destroy";
+  if (OUR_TABLE.test(table))
+    return { concerns: true, ours: object === "table" && !removes, owner: undefined };
+  if (family === "inet" || !IPTABLES_TABLES.includes(table)) return undefined;
+  if (object === "table") return { concerns: removes, ours: false, owner: undefined };
+  const mine = OUR_CHAINS.includes(chain) || (HOOKS as readonly string[]).includes(chain);
+  if (object === "chain") return { concerns: removes && mine, ours: false, owner: undefined };
+  const target = /\b(?:jump|goto) (\S+)/.exec(rest)?.[1] ?? "";
+  const owner = ownerOfChain(target);
+  if (mine)
+    return {
+      concerns: true,
+      ours: verb === "insert" && OUR_CHAINS.includes(target),
+      owner,
+    };
+  return { concerns: !UNREAD.has(ownerOfChain(chain) ?? ""), ours: false, owner };
+}
+
+/** How often a repair may be asked for; milliseconds. */
+export const PACE = {
+  apartMs: 250,
+  /** So many requests within this time are a duel … */
+  duel: 5,
+  withinMs: 10_000,
+  /** … in which we answer no faster than this, until it has been quiet for `withinMs`. */
+  slowMs: 5000,
+} as const;
+
+/** Decides when to ask for a repair: the first event at once, a duel slowly, never not at all. Pure but for its memory. */
+export class Pace {
+  #requests: number[] = [];
+  #lastEvent = Number.NEGATIVE_INFINITY;
+  #slow = false;
+
+  /** True from the request that made it a duel until `withinMs` without an event. */
+  get slow(): boolean {
+    return this.#slow;
+  }
+
+  /** @returns in how many milliseconds to ask for the repair of an event that came at `now` (monotonic) */
+  event(now: number): number {
+    this.quiet(now);
+    this.#lastEvent = now;
+    this.#requests = this.#requests.filter((at) => now - at < PACE.withinMs);
+    this.#slow ||= this.#requests.length >= PACE.duel;
+    const last = this.#requests.at(-1) ?? Number.NEGATIVE_INFINITY;
+    return Math.max(0, last + (this.#slow ? PACE.slowMs : PACE.apartMs) - now);
+  }
+
+  /** A repair was asked for. */
+  requested(now: number): void {
+    this.#requests.push(now);
+  }
+
+  /** @returns true if a duel is over at `now` */
+  quiet(now: number): boolean {
+    if (!this.#slow || now - this.#lastEvent < PACE.withinMs) return false;
+    this.#slow = false;
+    this.#requests = [];
+    return true;
+  }
+}
