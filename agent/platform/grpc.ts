@@ -143,7 +143,7 @@ export function openStream(
  */
 export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError {
   const where = `${target.address}:${target.port}`;
-  const why = error.details || error.message;
+  const why = (error.details || error.message).replace(/\s*\n\s*/g, " ");
   const cause = new Error(why);
   if (error.code === status.UNAUTHENTICATED || error.code === status.PERMISSION_DENIED) {
     return new VmmeshError("IDENTITY_REFUSED", `istiod at ${where} does not accept this machine's identity`, {
@@ -171,6 +171,16 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
       },
     );
   }
+  if (/wrong version number|packet length too long/i.test(why)) {
+    return new VmmeshError(
+      "ISTIOD_UNTRUSTED",
+      `the server at ${where} does not speak TLS: it is not istiod`,
+      {
+        cause,
+        next: "Check address and port: istiod's are those of discoveryAddress in mesh.yaml, usually 15012.",
+      },
+    );
+  }
   if (error.code === status.UNAVAILABLE || error.code === status.DEADLINE_EXCEEDED) {
     return new VmmeshError("ISTIOD_UNREACHABLE", `istiod does not answer at ${where}`, {
       cause,
@@ -179,8 +189,11 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
   }
   return new VmmeshError(
     "ISTIOD_UNREACHABLE",
-    `istiod at ${where} ended the call: ${status[error.code] ?? error.code}`,
-    { cause },
+    `istiod at ${where} ended the call: ${status[error.code] ?? error.code}: ${why}`,
+    {
+      cause,
+      next: "What istiod names must be there in the cluster, e.g. the WorkloadGroup: `kubectl get workloadgroups`.",
+    },
   );
 }
 

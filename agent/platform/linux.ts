@@ -373,7 +373,8 @@ const net: Net = {
       return (await lookup(host, { all: true })).map((entry) => entry.address);
     } catch (thrown) {
       const code = (thrown as NodeJS.ErrnoException).code;
-      if (code === "ENOTFOUND" || code === "ENODATA") return [];
+      // EAI_AGAIN: no resolver answers; whoever asked knows no address either.
+      if (code === "ENOTFOUND" || code === "ENODATA" || code === "EAI_AGAIN") return [];
       throw thrown;
     }
   },
