@@ -32,8 +32,8 @@ import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
 const RESOLV_CONF = "/etc/resolv.conf";
-/** How often Envoy is asked whether it is ready. */
-const ENVOY_LOOK_MS = SECOND_MS;
+/** How often Envoy is asked whether it is ready: often while it is not, so that a start is not a poll longer than it is. */
+const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
 /** What a machine is without when its Envoy lacks one of Istio's own extensions (ch. 10 of the VM protocol). */
 const STRIPPED_LOSS: Readonly<Record<string, string>> = {
   "istio.alpn": "HTTP policy on undeclared ports",
@@ -384,7 +384,9 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               // Envoy came (back): whatever happened to the rules meanwhile is put right by the one who may.
               await host.files.touch(paths.repairRequest);
             }
-            await host.clock.sleep(ENVOY_LOOK_MS, scope).catch(() => undefined);
+            await host.clock
+              .sleep(readiness.ready ? ENVOY_LOOK_MS.ready : ENVOY_LOOK_MS.waiting, scope)
+              .catch(() => undefined);
           }
         },
       },

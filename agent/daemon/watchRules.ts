@@ -1,3 +1,4 @@
+import { messageOf } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Conditions } from "../health/conditions.ts";
@@ -47,7 +48,12 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
     const inMs = pace.event(now);
     if (inMs === 0) return request();
     waiting = true;
-    void clock.sleep(inMs, signal).then(request, () => undefined);
+    void clock
+      .sleep(inMs, signal)
+      .then(request)
+      .catch((thrown: unknown) => {
+        if (!signal.aborted) log.warning(`a repair could not be asked for: ${messageOf(thrown)}`);
+      });
     return undefined;
   };
   const watchDuel = async (): Promise<void> => {
