@@ -10,6 +10,11 @@ export interface BackoffOptions {
 
 export const DEFAULT_BACKOFF: BackoffOptions = { firstMs: 500, capMs: 30_000, factor: 1.5, jitter: 0.3 };
 
+/** Uniform numbers in [0, 1) out of a source of strong random bytes, for jitter. */
+export function uniformFrom(bytes: (count: number) => Uint8Array): () => number {
+  return () => bytes(4).reduce((sum, byte) => sum * 256 + byte, 0) / 2 ** 32;
+}
+
 /**
  * The endless series of waits of one retry loop.
  * @param random uniform in [0, 1), injected so that tests are exact

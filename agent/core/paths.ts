@@ -14,7 +14,6 @@ export interface Paths {
   readonly state: string;
   readonly token: string;
   readonly identity: string;
-  readonly xdsCache: string;
   /** What root acts on: journal of a join, rules in force. root 0700. */
   readonly hostState: string;
   readonly journal: string;
@@ -54,7 +53,6 @@ export function paths(root = "/"): Paths {
     state: at("/var/lib/vmmesh"),
     token: at("/var/lib/vmmesh/token"),
     identity: at("/var/lib/vmmesh/identity"),
-    xdsCache: at("/var/lib/vmmesh/xds"),
     hostState: at("/var/lib/vmmesh-host"),
     journal: at("/var/lib/vmmesh-host/join.json"),
     lock: at("/var/lib/vmmesh-host/lock"),

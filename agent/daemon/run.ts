@@ -1,3 +1,4 @@
+import { uniformFrom } from "../core/backoff.ts";
 import { messageOf, type VmmeshError } from "../core/errors.ts";
 import { type Paths, PORTS } from "../core/paths.ts";
 import { aborted, Latest } from "../core/signals.ts";
@@ -482,7 +483,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     ],
     {
       sleep: (ms, scope) => host.clock.sleep(ms, scope),
-      random: () => host.random(4).reduce((sum, byte) => sum * 256 + byte, 0) / 2 ** 32,
+      random: uniformFrom(host.random),
       onRestart: (task, cause, waitMs) => {
         metrics.taskRestarts.inc({ task });
         log.child(task).error(`failed, starts again: ${messageOf(cause)}`, {

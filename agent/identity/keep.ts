@@ -1,4 +1,4 @@
-import { backoff } from "../core/backoff.ts";
+import { backoff, uniformFrom } from "../core/backoff.ts";
 import { messageOf, VmmeshError } from "../core/errors.ts";
 import type { Latest } from "../core/signals.ts";
 import { formatDuration, MINUTE_MS, SECOND_MS } from "../core/time.ts";
@@ -63,7 +63,7 @@ export function chooseCredential(
  */
 export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: AbortSignal): Promise<void> {
   const { clock, files, random } = deps.host;
-  const uniform = (): number => random(4).reduce((sum, byte) => sum * 256 + byte, 0) / 2 ** 32;
+  const uniform = uniformFrom(random);
   const stored = await loadSvid(files, deps.folder);
   if (stored !== undefined && stored.notAfter > clock.now() && stored.spiffe === deps.spiffe)
     svids.set(stored);

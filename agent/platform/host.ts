@@ -73,8 +73,6 @@ export interface Files {
   remove(path: string): Promise<void>;
   /** Changes its time, creating it empty (0660) if missing. */
   touch(path: string): Promise<void>;
-  /** One event per change of anything in a directory (coalesced), until `signal` aborts. */
-  watch(directory: string, signal: AbortSignal): AsyncIterable<void>;
   /** Whole lines out of a FIFO, as its writers come and go, until `signal` aborts. @throws the errno error of open(2) */
   lines(path: string, signal: AbortSignal): AsyncIterable<string>;
   /**

@@ -2,7 +2,7 @@ import { spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { createSocket } from "node:dgram";
 import { lookup } from "node:dns/promises";
-import { constants, openSync, watch as watchDirectory } from "node:fs";
+import { constants, openSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import { createConnection, createServer, Socket } from "node:net";
 import { hostname, networkInterfaces } from "node:os";
@@ -162,36 +162,6 @@ const files: Files = {
       await handle.utimes(new Date(), new Date());
     } finally {
       await handle.close();
-    }
-  },
-  async *watch(directory, signal) {
-    let wake: () => void = () => undefined;
-    let pending = false;
-    let failed: Error | undefined;
-    const watcher = watchDirectory(directory, { signal }, () => {
-      pending = true;
-      wake();
-    });
-    watcher.on("error", (error) => {
-      failed = error;
-      wake();
-    });
-    signal.addEventListener("abort", () => wake(), { once: true });
-    try {
-      while (!signal.aborted) {
-        if (failed !== undefined) throw failed;
-        if (pending) {
-          pending = false;
-          yield;
-        } else {
-          await new Promise<void>((resolve) => {
-            wake = resolve;
-            if (pending || signal.aborted || failed !== undefined) resolve();
-          });
-        }
-      }
-    } finally {
-      watcher.close();
     }
   },
   async *lines(path, signal) {

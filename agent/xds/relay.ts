@@ -1,6 +1,7 @@
 import type { Duplex } from "node:stream";
-import { backoff } from "../core/backoff.ts";
+import { backoff, uniformFrom } from "../core/backoff.ts";
 import { messageOf, VmmeshError } from "../core/errors.ts";
+import { aborted } from "../core/signals.ts";
 import { SECOND_MS } from "../core/time.ts";
 import {
   type ByteStream,
@@ -214,10 +215,8 @@ export class AdsRelay {
 
   async #keepUpstream(signal: AbortSignal): Promise<void> {
     const { clock, random } = this.#deps.host;
-    const uniform = (): number => (random(4).reduce((sum, byte) => sum * 256 + byte, 0) ?? 0) / 2 ** 32;
-    const abort = new Promise<void>((resolve) =>
-      signal.addEventListener("abort", () => resolve(), { once: true }),
-    );
+    const uniform = uniformFrom(random);
+    const abort = aborted(signal);
     let waits = backoff(uniform);
     while (!signal.aborted) {
       await Promise.race([this.#wantsUpstream.promise, abort]);

@@ -106,7 +106,6 @@ export class MemoryFiles implements Files {
   async touch(path: string): Promise<void> {
     if (!this.nodes.has(path)) await this.writeAtomic(path, "", { mode: 0o660 });
   }
-  async *watch(): AsyncIterable<void> {}
   async *lines(path: string): AsyncIterable<string> {
     yield* ((await this.readText(path)) ?? "").split("\n").slice(0, -1);
   }
