@@ -6,7 +6,7 @@ import { repairCapture } from "../daemon/repair.ts";
 import { readWorkload } from "../daemon/workloadFiles.ts";
 import { removeCapture } from "../iptables/apply.ts";
 import { auditCapture, auditExitCode, type Finding } from "../iptables/audit.ts";
-import { describePlan } from "../iptables/plan.ts";
+import { describePlan } from "../iptables/plan/describe.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { hasSystemd, systemdServices, UNITS } from "../platform/services.ts";
 import { readOwners } from "../platform/users.ts";

@@ -1,5 +1,6 @@
 import { parseResolvConf } from "../dns/upstream.ts";
-import { type CapturePlan, type CaptureWish, planCapture } from "../iptables/plan.ts";
+import type { CaptureWish } from "../iptables/plan/wish.ts";
+import { type CapturePlan, planCapture } from "../iptables/plan.ts";
 import { readMachine } from "../iptables/read.ts";
 import type { Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";

@@ -2,7 +2,8 @@ import { describe, expect, test } from "vitest";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
 import { applyPlan, covers, loadConfirmed, removeCapture, tableDrift, takeBackTrial } from "./apply.ts";
-import { type CaptureWish, type MachineFacts, planCapture } from "./plan.ts";
+import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
+import { planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
 import { renderPlan } from "./render.ts";
 

@@ -1,7 +1,8 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Host } from "../platform/host.ts";
 import { withoutCounters } from "./parse.ts";
-import { type CapturePlan, type CaptureWish, type FamilyPlan, planCapture } from "./plan.ts";
+import type { CaptureWish } from "./plan/wish.ts";
+import { type CapturePlan, type FamilyPlan, planCapture } from "./plan.ts";
 import {
   foreignIstio,
   listNftTable,

@@ -1,6 +1,8 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { type CaptureWish, describePlan, type MachineFacts, planCapture } from "./plan.ts";
+import { describePlan } from "./plan/describe.ts";
+import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
+import { planCapture } from "./plan.ts";
 import { renderPlan } from "./render.ts";
 import { isHook, MAX_WHY } from "./rules.ts";
 

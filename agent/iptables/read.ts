@@ -10,7 +10,8 @@ import {
   parseSocketUnits,
   sshPortsOf,
 } from "./parse.ts";
-import type { Backend, CapturePlan, FamilyPlan, MachineFacts } from "./plan.ts";
+import type { Backend, MachineFacts } from "./plan/wish.ts";
+import type { CapturePlan, FamilyPlan } from "./plan.ts";
 import { ownChains, type SeenJump, TABLES, tableRules } from "./render.ts";
 import { COMMENT_PREFIX, type Family, HOOKS, type Table } from "./rules.ts";
 

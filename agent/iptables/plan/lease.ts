@@ -1,0 +1,74 @@
+import { PORTS } from "../../core/paths.ts";
+import {
+  CHAIN,
+  type Family,
+  hostCidr,
+  LEASE_ADDRESS,
+  type Match,
+  OPENING,
+  type Rule,
+  TCP,
+  UDP,
+} from "../rules.ts";
+import { agentAnswers } from "./dns.ts";
+import { jump, of, to } from "./terms.ts";
+import type { CaptureWish } from "./wish.ts";
+
+/** Table mangle: who keeps the leases alive. Nobody but Envoy may knock at the lease's address. */
+export function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boolean): Rule[] {
+  const servers = of(wish.dns?.servers ?? [], family);
+  const address = hostCidr(LEASE_ADDRESS[family], family);
+  const rule = (when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
+    table: "mangle",
+    chain: CHAIN.lease,
+    when,
+    verdict,
+    why,
+  });
+  const leased = wish.outbound.cidrs.length > 0 || wish.inbound.kind === "all";
+  const envoy = [
+    rule(
+      [
+        to(address),
+        TCP,
+        { is: "toPorts", ports: [PORTS.outbound] },
+        OPENING,
+        { is: "owner", uid: wish.envoyUid, not: true },
+      ],
+      { do: "drop" },
+      "only Envoy itself may prove that Envoy is alive",
+    ),
+    rule(
+      [{ is: "from", cidr: address }, TCP, { is: "fromPorts", ports: [PORTS.outbound] }, { is: "accepted" }],
+      { do: "refresh", lease: "envoy" },
+      "Envoy's health check of its own listener was answered",
+    ),
+  ];
+  const dns = [
+    rule(agentAnswers(family), { do: "refresh", lease: "dns" }, "the agent answered a question"),
+    ...(dnsTimeouts
+      ? servers.map(
+          (server): Rule => ({
+            ...rule(
+              [to(server), UDP, { is: "toPorts", ports: [53] }],
+              { do: "forgetSoon" },
+              "a socket that asks again is not pinned to an agent that has gone",
+            ),
+            guardOnly: true,
+          }),
+        )
+      : []),
+  ];
+  if (!leased && servers.length === 0) return [];
+  return [
+    ...(leased ? envoy : []),
+    ...(servers.length > 0 ? dns : []),
+    {
+      table: "mangle",
+      chain: "OUTPUT",
+      when: [],
+      verdict: jump(CHAIN.lease),
+      why: "signs of life of Envoy and of the agent",
+    },
+  ];
+}

@@ -1,0 +1,162 @@
+import { PORTS } from "../../core/paths.ts";
+import {
+  CHAIN,
+  type Family,
+  hostCidr,
+  LOOPBACK,
+  type Match,
+  OPENING,
+  OWN_PORTS,
+  PASSTHROUGH,
+  type Rule,
+  type Table,
+  TCP,
+  UDP,
+} from "../rules.ts";
+import { exemptions } from "./exemptions.ts";
+import { inboundMatches, inboundRules } from "./inbound.ts";
+import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
+import type { CaptureWish } from "./wish.ts";
+
+/** Table nat: the redirects and what is left out of them. */
+export function natRules(wish: CaptureWish, family: Family): Rule[] {
+  const { agentUid, envoyUid } = wish;
+  const servers = of(wish.dns?.servers ?? [], family);
+  const captureAll = wish.outbound.cidrs.includes("*");
+  const mesh = of(wish.meshCidrs, family);
+  const open = captureAll ? [] : of(wish.outbound.cidrs, family).filter((cidr) => !mesh.includes(cidr));
+  const rule = (chain: string, when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
+    table: "nat",
+    chain,
+    when,
+    verdict,
+    why,
+  });
+  const selfCall = inboundMatches(wish).map((when) =>
+    rule(
+      CHAIN.output,
+      [{ is: "to", cidr: LOOPBACK[family], not: true }, LO_OUT, TCP, ...when, owner(envoyUid)],
+      jump(CHAIN.inRedirect),
+      "a call of this machine to its own service arrives through the inbound listener",
+    ),
+  );
+  const hook = (table: Table, chain: string, when: readonly Match[], target: string, why: string): Rule => ({
+    table,
+    chain,
+    when,
+    verdict: jump(target),
+    why,
+  });
+  return [
+    rule(
+      CHAIN.redirect,
+      [TCP, OPENING],
+      { do: "redirect", port: PORTS.outbound },
+      "to Envoy's outbound listener",
+    ),
+    rule(
+      CHAIN.inRedirect,
+      [TCP, OPENING],
+      { do: "redirect", port: PORTS.inbound },
+      "to Envoy's inbound listener",
+    ),
+    ...inboundRules(wish),
+    rule(
+      CHAIN.output,
+      [owner(agentUid)],
+      RETURN,
+      "the agent itself is not captured: it serves Envoy and the resolver",
+    ),
+    rule(
+      CHAIN.output,
+      [{ is: "from", cidr: hostCidr(PASSTHROUGH[family], family) }, LO_OUT],
+      RETURN,
+      "Envoy's inbound side and the agent's probes reach the application from this address",
+    ),
+    rule(
+      CHAIN.output,
+      [LO_OUT, TCP, { is: "toPorts", ports: OWN_PORTS }],
+      RETURN,
+      "vmmesh's own listeners on this machine",
+    ),
+    ...exemptions(wish, family).map(({ when, why }) => rule(CHAIN.output, when, RETURN, why)),
+    // Before every `-o lo` rule: with kube-proxy in IPVS mode a service address is local and leaves through lo.
+    ...mesh.map((cidr) =>
+      rule(
+        CHAIN.output,
+        [to(cidr), owner(envoyUid)],
+        RETURN,
+        "Envoy reaches services of the mesh directly, also where their address is local",
+      ),
+    ),
+    ...selfCall,
+    rule(CHAIN.output, [owner(envoyUid)], RETURN, "what Envoy sends must not come back to Envoy"),
+    ...servers.flatMap((server) => [
+      rule(
+        CHAIN.output,
+        [to(server)],
+        jump(CHAIN.dns),
+        "questions to this resolver may be for names of the mesh",
+      ),
+      ...([TCP, UDP] as const).map((protocol) =>
+        rule(
+          CHAIN.dns,
+          [
+            to(server),
+            protocol,
+            { is: "toPorts", ports: [53] },
+            ...(protocol === TCP ? [OPENING] : []),
+            { is: "leased", lease: "dns" },
+          ],
+          { do: "redirect", port: PORTS.dns },
+          "names are answered by the agent, as long as it answers at all",
+        ),
+      ),
+      rule(
+        CHAIN.output,
+        [to(server), TCP, { is: "toPorts", ports: [53] }],
+        RETURN,
+        "when the agent does not answer, the resolver is asked directly",
+      ),
+    ]),
+    ...mesh.map((cidr) =>
+      rule(
+        CHAIN.output,
+        [to(cidr), TCP],
+        jump(CHAIN.redirect),
+        "services of the mesh are reached through Envoy only",
+      ),
+    ),
+    rule(CHAIN.output, [LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
+    ...open.map((cidr) =>
+      rule(
+        CHAIN.output,
+        [to(cidr), TCP, { is: "leased", lease: "envoy" }],
+        jump(CHAIN.redirect),
+        "a captured network, direct while Envoy does not answer",
+      ),
+    ),
+    ...(captureAll
+      ? [
+          rule(
+            CHAIN.output,
+            [TCP, { is: "leased", lease: "envoy" }],
+            jump(CHAIN.redirect),
+            "everything else goes through Envoy, direct while it does not answer",
+          ),
+        ]
+      : []),
+    ...(inboundMatches(wish).length > 0
+      ? [
+          hook(
+            "nat",
+            "PREROUTING",
+            [TCP, { is: "toThisMachine" }],
+            CHAIN.inbound,
+            "inbound connections to this machine, never forwarded ones",
+          ),
+        ]
+      : []),
+    hook("nat", "OUTPUT", [], CHAIN.output, "outbound connections of this machine, ahead of KUBE-SERVICES"),
+  ];
+}
