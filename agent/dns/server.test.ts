@@ -73,14 +73,14 @@ interface Running {
   resolvConf: string;
 }
 
+let nextPort = 20_000 + (process.pid % 10_000);
+
 async function start(
   resolvConf: string,
   upstreamPort: number,
   clock: Host["clock"] = machine.clock,
 ): Promise<Running> {
-  const free = await machine.net.bindUdp("127.0.0.1", 0);
-  const port = free.port;
-  free.close();
+  const port = fixedPort();
   const running = { port, table: new Latest<DnsTable>(), events: [] as QueryEvent[], resolvConf };
   const files = { ...machine.files, readText: async () => running.resolvConf };
   const upstreams = new Upstreams({
@@ -108,6 +108,15 @@ async function start(
     });
   });
   return Object.assign(running, { upstreams });
+}
+
+/**
+ * UDP and TCP share this port, so it must be free for both: below the range that the kernel hands out by itself (32768 on,
+ * ip(7)), where no other test's socket can come first.
+ */
+function fixedPort(): number {
+  nextPort += 1;
+  return nextPort;
 }
 
 async function client(): Promise<{ socket: Datagrams; reply(): Promise<Buffer> }> {
