@@ -62,8 +62,11 @@ export async function audit(options: Options): Promise<number> {
   const joined = (await host.files.stat(paths.clusterEnv)) !== undefined;
   const findings = await auditCapture(host, joined ? paths.rules : undefined);
   if (wantsJson(options)) print({ findings });
-  else if (findings.length === 0) print("nothing found: capture is complete and in order");
-  else print(findings.map(tell).join("\n\n"));
+  else {
+    const wrong = findings.some(({ severity }) => severity !== "info");
+    const verdict = wrong ? [] : ["nothing wrong found: capture is complete and in order"];
+    print([...verdict, ...findings.map(tell)].join("\n\n"));
+  }
   return auditExitCode(findings);
 }
 

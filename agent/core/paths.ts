@@ -81,7 +81,18 @@ export const PORTS = {
   readiness: 15021,
   dns: 15053,
   envoyPrometheus: 15090,
+  /** Bound by nobody: Envoy answers it only for a connection that was captured. */
+  probe: 15997,
 } as const;
+
+/**
+ * What the audit's probe connects to: addresses of the documentation networks (RFC 5737, RFC 3849), which nobody routes.
+ * They are captured like a service of the mesh, so that only Envoy can answer there.
+ */
+export const PROBE_ADDRESS: Readonly<Record<4 | 6, string>> = { 4: "192.0.2.77", 6: "2001:db8::77" };
+
+/** The first bytes of Envoy's answer to the probe. */
+export const PROBE_ANSWER = "vmmesh: Envoy answers";
 
 /** System users, made by sysusers.d; 1337 is not used: it lies in the human range and whoever owns it bypasses capture. */
 export const USERS = { agent: "vmmesh", envoy: "vmmesh-envoy" } as const;

@@ -1,3 +1,4 @@
+import { PROBE_ADDRESS } from "../core/paths.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import type { CaptureWish } from "../iptables/plan/wish.ts";
 import { type CapturePlan, planCapture } from "../iptables/plan.ts";
@@ -26,7 +27,8 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
       excludeCidrs: workload.outboundExcludeCidrs,
       excludePorts: workload.outboundExcludePorts,
     },
-    meshCidrs: workload.meshCidrs,
+    // With the probe's addresses, which are captured and fenced like a service's.
+    meshCidrs: [...workload.meshCidrs, ...Object.values(PROBE_ADDRESS)],
     dns: workload.dnsCapture ? { servers } : undefined,
     ipv6: host.net.addresses().some(({ family }) => family === 6),
     istiod: target.addresses.map((address) =>

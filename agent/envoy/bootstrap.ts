@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import { PORTS } from "../core/paths.ts";
+import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
 
 /** A value that JSON can carry. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -111,6 +111,8 @@ export function renderBootstrap(input: BootstrapInput): { readonly [key: string]
       listeners: [
         httpListener("stats", PORTS.envoyPrometheus, input.ipv6, "/stats/prometheus", "prometheus_stats"),
         httpListener("agent", PORTS.readiness, input.ipv6, "/healthz/ready", "agent"),
+        probeListener(4),
+        ...(input.ipv6 ? [probeListener(6)] : []),
       ],
     },
     overload_manager: {
@@ -363,6 +365,30 @@ function leaseCluster(): Json {
         unhealthy_threshold: 1,
         healthy_threshold: 1,
         tcp_health_check: {},
+      },
+    ],
+  };
+}
+
+/**
+ * Binds nothing. The outbound listener hands it a connection that was redirected and had this destination, as it does for
+ * the listeners of services; so an answer proves the whole way from a process through the firewall to Envoy.
+ */
+function probeListener(family: 4 | 6): Json {
+  return {
+    name: `vmmesh-probe-${family}`,
+    address: { socket_address: { address: PROBE_ADDRESS[family], port_value: PORTS.probe } },
+    bind_to_port: false,
+    filter_chains: [
+      {
+        filters: [
+          {
+            name: "envoy.filters.network.direct_response",
+            typed_config: typed(`${EXTENSIONS}.filters.network.direct_response.v3.Config`, {
+              response: { inline_string: `${PROBE_ANSWER}\n` },
+            }),
+          },
+        ],
       },
     ],
   };

@@ -13,6 +13,7 @@ import {
   parseSave,
 } from "./parse.ts";
 import type { CapturePlan } from "./plan.ts";
+import { probeFindings } from "./probe.ts";
 import {
   type BackendEvidence,
   backendEvidence,
@@ -612,7 +613,8 @@ const PERSISTED = [
 ];
 
 /**
- * What is wrong with capture on this machine. Reads only: no test rule, no legacy table that is not registered.
+ * What is wrong with capture on this machine. Reads only: no test rule, no legacy table that is not registered. One
+ * connection is made for each family (`probe.ts`).
  *
  * @param rulesDir undefined on a machine that is not joined
  */
@@ -620,7 +622,7 @@ export async function auditCapture(
   host: Pick<Host, "run" | "files" | "random">,
   rulesDir: string | undefined,
 ): Promise<Finding[]> {
-  return judge(await gather(host, rulesDir));
+  return [...judge(await gather(host, rulesDir)), ...(await probeFindings(host, rulesDir))];
 }
 
 async function gather(host: Reads, rulesDir: string | undefined): Promise<Evidence> {

@@ -1,0 +1,147 @@
+import { VmmeshError } from "../core/errors.ts";
+import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
+import type { Host } from "../platform/host.ts";
+import { readState } from "./apply.ts";
+import type { Finding } from "./audit.ts";
+import { type Family, hostCidr } from "./rules.ts";
+
+/**
+ * What a connection of an ordinary user to an address that only Envoy answers has met:
+ * - `envoy`: capture works, whatever the rules look like;
+ * - `no listener`: it was refused, and Envoy has no outbound listener for this family;
+ * - `refused`: it was refused although the listener is there: the fence held it;
+ * - `past`: somebody else answered, or nobody did: the packet left the machine or was dropped;
+ * - `no route`: nothing can be said, the kernel sends such packets nowhere;
+ * - `impossible`: the probe itself could not be made.
+ */
+export interface ProbeResult {
+  readonly family: Family;
+  readonly met: "envoy" | "no listener" | "refused" | "past" | "no route" | "impossible";
+  /** What was seen, for the evidence. */
+  readonly seen: string;
+}
+
+/** The kernel's "nobody" (include/linux/highuid.h); neither Envoy nor the agent runs as it. */
+const NOBODY = "65534";
+/** A connection inside one machine needs no second of this. */
+const PROBE_SECONDS = "2";
+/** bash(1): a connection as a file; what came before the time was out is printed. */
+const READ_ONE_LINE = 'exec 3<>"/dev/tcp/$1/$2" || exit 1; IFS= read -r -t 1 -u 3 line; printf "%s" "$line"';
+/** timeout(1): the time ran out. */
+const TIMED_OUT = 124;
+
+/** @returns what was met; never throws for what the machine does to the connection */
+export async function probeCapture(host: Pick<Host, "run" | "files">, family: Family): Promise<ProbeResult> {
+  const address = PROBE_ADDRESS[family];
+  const result = (met: ProbeResult["met"], seen: string): ProbeResult => ({ family, met, seen });
+  try {
+    const { code, stdout, stderr } = await host.run({
+      argv: [
+        "setpriv",
+        ...[`--reuid=${NOBODY}`, `--regid=${NOBODY}`, "--clear-groups"],
+        ...["timeout", PROBE_SECONDS],
+        ...["bash", "-c", READ_ONE_LINE, "probe"],
+        ...[address, String(PORTS.probe)],
+      ],
+      env: { LC_ALL: "C" },
+    });
+    if (stdout.startsWith(PROBE_ANSWER)) return result("envoy", stdout.trim());
+    if (stderr.includes("Connection refused")) {
+      return (await listens(host, family))
+        ? result("refused", "the connection was refused, although Envoy's outbound listener is there")
+        : result("no listener", `nothing listens on ${PORTS.outbound} for IPv${family}`);
+    }
+    if (stderr.includes("unreachable")) return result("no route", "the kernel has no route for it");
+    if (code === TIMED_OUT) return result("past", `no answer within ${PROBE_SECONDS} s`);
+    if (code === 0) return result("past", `somebody else answered: ${JSON.stringify(stdout.slice(0, 40))}`);
+    return result("impossible", stderr.trim().split("\n")[0] ?? `exit code ${code}`);
+  } catch (thrown) {
+    if (thrown instanceof VmmeshError) return result("impossible", thrown.message);
+    throw thrown;
+  }
+}
+
+/** @see proc_pid_net(5): state 0A is TCP_LISTEN, the port is in hexadecimal */
+async function listens(host: Pick<Host, "files">, family: Family): Promise<boolean> {
+  const sockets = (await host.files.readText(family === 4 ? "/proc/net/tcp" : "/proc/net/tcp6")) ?? "";
+  const port = PORTS.outbound.toString(16).toUpperCase().padStart(4, "0");
+  return new RegExp(`^ *\\d+: [0-9A-F]+:${port} [0-9A-F]+:0000 0A `, "m").test(sockets);
+}
+
+/** The last word of the audit: what a connection meets, for each family that is captured. Empty if all of them met Envoy. */
+export async function probeFindings(
+  host: Pick<Host, "run" | "files">,
+  rulesDir: string | undefined,
+): Promise<Finding[]> {
+  const plan =
+    rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state.plan;
+  const probed = (plan?.families ?? []).filter(({ family, rules }) => {
+    const cidr = hostCidr(PROBE_ADDRESS[family], family);
+    return rules.some(({ when }) => when.some((match) => match.is === "to" && match.cidr === cidr));
+  });
+  const results = await Promise.all(probed.map(({ family }) => probeCapture(host, family)));
+  return results.flatMap(judgeProbe);
+}
+
+/** What a probe's result means for an operator. Pure. */
+export function judgeProbe({ family, met, seen }: ProbeResult): Finding[] {
+  const id = "FW046";
+  const address = PROBE_ADDRESS[family];
+  const evidence = [
+    `${address.includes(":") ? `[${address}]` : address}:${PORTS.probe} as uid ${NOBODY}: ${seen}`,
+  ];
+  const trace = `vmmesh iptables trace --to ${address.includes(":") ? `[${address}]` : address}:${PORTS.probe} --as ${NOBODY}`;
+  switch (met) {
+    case "envoy":
+      return [];
+    case "past":
+      return [
+        {
+          id,
+          severity: "critical",
+          title: `a real connection went past Envoy (IPv${family})`,
+          evidence,
+          remedy: "Let trace say at which rule it left the way; repair puts our rules first again.",
+          command: trace,
+        },
+      ];
+    case "refused":
+      return [
+        {
+          id,
+          severity: "high",
+          title: `a real connection to the mesh was refused (IPv${family})`,
+          evidence,
+          remedy: "Our rules are not first, and the fence held the connection.",
+          command: "vmmesh iptables repair",
+        },
+      ];
+    case "no listener":
+      return [
+        {
+          id,
+          // istiod gives Envoy [::] listeners only with ISTIO_DUAL_STACK and a dual-stack workload.
+          severity: family === 4 ? "high" : "info",
+          title: `the mesh cannot be reached by IPv${family}: Envoy has no listener for it`,
+          evidence,
+          remedy:
+            family === 4
+              ? "Envoy is down or has no configuration yet; see its unit and the agent's."
+              : "If the mesh is meant to carry IPv6, turn ISTIO_DUAL_STACK on in istiod; until then such calls are refused.",
+          command: family === 4 ? "systemctl status vmmesh-envoy vmmesh-agent" : "",
+        },
+      ];
+    case "no route":
+    case "impossible":
+      return [
+        {
+          id,
+          severity: "info",
+          title: `capture could not be proven by a connection (IPv${family})`,
+          evidence,
+          remedy: "The other findings say what the rules look like; nothing was seen to be wrong.",
+          command: "",
+        },
+      ];
+  }
+}
