@@ -185,6 +185,14 @@ export const COMMANDS: readonly CommandSpec[] = [
           "where the mesh's services live (default: the cluster's service range, when it can be read)",
       },
       {
+        name: "failure-policy",
+        type: "string",
+        repeat: true,
+        value: "RULE",
+        describe:
+          "what happens while Envoy does not answer: outbound:CIDR|*[:PORT]=open|closed, inbound:PORT|*=open|closed; the most specific wins (default: declared ports and the mesh closed, the rest open)",
+      },
+      {
         name: "confirm-within",
         type: "number",
         value: "SECONDS",

@@ -1,12 +1,15 @@
 import { VmmeshError } from "../core/errors.ts";
 import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
+import { policyScope } from "../daemon/capture.ts";
 import { execute } from "../daemon/execute.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { type Journal, readJournal } from "../daemon/journal.ts";
 import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
 import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
+import { checkFailurePolicy } from "../iptables/plan/failure.ts";
+import { parsePolicyRule } from "../iptables/policy.ts";
 import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
 import { parseEnv, renderEnv, sieveMeshEnv } from "../mesh/env.ts";
 import { renderSidecarEnv } from "../mesh/sidecar.ts";
@@ -128,6 +131,7 @@ function checkOptions(options: Options): void {
         next: "Write it like 10.1.0.0/16.",
       });
   }
+  list(options, "failure-policy").forEach(parsePolicyRule);
   ports(options, "exclude-outbound-port");
   ports(options, "exclude-inbound-port");
   for (const name of ["confirm-within", "ready-within"]) {
@@ -204,6 +208,7 @@ function render(
     envoyPath,
     istiodAddresses: addresses,
     meshCidrs,
+    failurePolicy: list(options, "failure-policy"),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),
     outboundExcludeCidrs: list(options, "exclude-outbound-cidr"),
     outboundExcludePorts: ports(options, "exclude-outbound-port"),
@@ -215,6 +220,8 @@ function render(
     proxyConfig: bundle.proxyConfig,
     machine: { hostname: host.net.hostname(), addresses: host.net.addresses() },
   });
+  // Before anything is changed; sshd's ports are read when the rules are planned, and judged again.
+  checkFailurePolicy({ ...policyScope(workload, host.net), sshPorts: [] });
   return {
     workload,
     files: [

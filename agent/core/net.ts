@@ -59,6 +59,19 @@ export function parseCidr(text: string): Cidr | undefined {
   return { family, address, bits: Number(bitsText) };
 }
 
+/** Is every address of `inner` one of `outer`? Host bits do not count. */
+export function coversCidr(outer: Cidr, inner: Cidr): boolean {
+  if (outer.family !== inner.family || outer.bits > inner.bits) return false;
+  const bytes = outer.family === 4 ? ipv4Bytes : ipv6Bytes;
+  const [one, other] = [bytes(outer.address), bytes(inner.address)];
+  return (
+    one?.every((byte, index) => {
+      const mask = (0xff00 >> Math.min(8, Math.max(0, outer.bits - index * 8))) & 0xff;
+      return ((byte ^ (other?.[index] ?? 0)) & mask) === 0;
+    }) ?? false
+  );
+}
+
 /** `host:port`, `[v6]:port`; undefined if the port is missing or out of 1–65535. */
 export function parseHostPort(text: string): { host: string; port: number } | undefined {
   const match = /^(?:\[([^\]]+)\]|([^:]+)):(\d{1,5})$/.exec(text);

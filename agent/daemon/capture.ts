@@ -2,6 +2,7 @@ import { PROBE_ADDRESS } from "../core/paths.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import type { CaptureWish } from "../iptables/plan/wish.ts";
 import { type CapturePlan, planCapture } from "../iptables/plan.ts";
+import { parsePolicyRule } from "../iptables/policy.ts";
 import { readMachine } from "../iptables/read.ts";
 import type { Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";
@@ -10,18 +11,20 @@ import { istiodTarget } from "./workloadFiles.ts";
 
 const RESOLV_CONF = "/etc/resolv.conf";
 
-/** What is to be captured on this machine for this workload. */
-export async function captureWish(host: Host, workload: Workload, owners: Owners): Promise<CaptureWish> {
-  const target = await istiodTarget(host, workload, "");
-  const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
+/**
+ * What is captured, and how it fails: the part of the wish that needs no user and no resolver.
+ *
+ * @throws {VmmeshError} USAGE for a failure policy that cannot be read
+ */
+export function policyScope(
+  workload: Workload,
+  net: Pick<Host["net"], "addresses">,
+): Pick<CaptureWish, "inbound" | "outbound" | "meshCidrs" | "ipv6" | "failurePolicy"> {
   return {
-    agentUid: owners.agent.uid,
-    envoyUid: owners.envoy.uid,
     inbound:
       workload.inbound.kind === "all"
         ? { kind: "all", excludePorts: workload.inboundExcludePorts }
         : workload.inbound,
-    sshPorts: [],
     outbound: {
       cidrs: workload.outboundCidrs,
       excludeCidrs: workload.outboundExcludeCidrs,
@@ -29,8 +32,21 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
     },
     // With the probe's addresses, which are captured and fenced like a service's.
     meshCidrs: [...workload.meshCidrs, ...Object.values(PROBE_ADDRESS)],
+    ipv6: net.addresses().some(({ family }) => family === 6),
+    failurePolicy: workload.failurePolicy.map(parsePolicyRule),
+  };
+}
+
+/** What is to be captured on this machine for this workload. */
+export async function captureWish(host: Host, workload: Workload, owners: Owners): Promise<CaptureWish> {
+  const target = await istiodTarget(host, workload, "");
+  const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
+  return {
+    ...policyScope(workload, host.net),
+    agentUid: owners.agent.uid,
+    envoyUid: owners.envoy.uid,
+    sshPorts: [],
     dns: workload.dnsCapture ? { servers } : undefined,
-    ipv6: host.net.addresses().some(({ family }) => family === 6),
     istiod: target.addresses.map((address) =>
       address.includes(":") ? `[${address}]:${target.port}` : `${address}:${target.port}`,
     ),

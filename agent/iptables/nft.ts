@@ -79,13 +79,21 @@ function baseChain(table: Table, hook: Hook): string {
   return `type ${type} hook ${hook.toLowerCase()} priority ${priority}; policy accept;`;
 }
 
+/** First segments that the fence refused, and those that it let go past Envoy; one of each for a direction. */
+const FENCE_COUNTERS = [
+  { verdict: "reset", name: "refused" },
+  { verdict: "count", name: "bypassed" },
+] as const;
+
 /** The fence as one table for both families. Replaces an older one in one step. */
 export function renderFence(rules: readonly FenceRule[]): string {
   const chain = (name: FenceRule["chain"]): string[] => {
     const own = rules.filter((rule) => rule.chain === name);
     if (own.length === 0) return [];
     return [
-      `\tcounter refused_${name} { }`,
+      ...FENCE_COUNTERS.filter((counter) => own.some(({ verdict }) => verdict.do === counter.verdict)).map(
+        (counter) => `\tcounter ${counter.name}_${name} { }`,
+      ),
       `\tchain ${name} {`,
       `\t\ttype filter hook ${name} priority 10; policy accept;`,
       ...own.flatMap((rule) => fenceRule(rule).map((line) => `\t\t${line}`)),
@@ -105,8 +113,11 @@ export function renderFence(rules: readonly FenceRule[]): string {
 
 /** What conntrack does not track has no original destination: it is judged by the one that it carries. */
 function fenceRule(rule: FenceRule): string[] {
-  const verdict =
-    rule.verdict.do === "return" ? "return" : `counter name "refused_${rule.chain}" reject with tcp reset`;
+  const verdict = {
+    return: "return",
+    reset: `counter name "refused_${rule.chain}" reject with tcp reset`,
+    count: `counter name "bypassed_${rule.chain}" return`,
+  }[rule.verdict.do];
   const variants = rule.when.some((match) => match.is === "addressedTo" || match.is === "addressedToPorts")
     ? [true, false]
     : [true];

@@ -3,6 +3,7 @@ import { describe, expect, test } from "vitest";
 import { describePlan } from "./plan/describe.ts";
 import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
+import { parsePolicyRule } from "./policy.ts";
 import { renderPlan } from "./render.ts";
 import { isHook, MAX_WHY } from "./rules.ts";
 
@@ -49,6 +50,31 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
         outbound: { ...JOIN.outbound, cidrs: ["10.0.0.0/8"] },
       },
       machine: OLD,
+    },
+    {
+      name: "failure-policy",
+      wish: {
+        ...JOIN,
+        outbound: { ...JOIN.outbound, cidrs: ["*"] },
+        failurePolicy: [
+          "outbound:*=closed",
+          "outbound:10.96.0.10=open",
+          "outbound:10.0.0.0/8:443=open",
+          "outbound:[2001:db8::/32]=open",
+          "inbound:9000=open",
+        ].map(parsePolicyRule),
+      },
+      machine: MODERN,
+    },
+    {
+      name: "failure-policy-inbound-all",
+      wish: {
+        ...JOIN,
+        ipv6: false,
+        inbound: { kind: "all", excludePorts: [111] },
+        failurePolicy: ["inbound:*=closed", "inbound:8080=open"].map(parsePolicyRule),
+      },
+      machine: MODERN,
     },
   ] as const)("$name", async ({ name, wish, machine }) => {
     const rendered = renderPlan(planCapture(wish, machine), { comments: true });

@@ -1,6 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import { zoneRules } from "./plan/dns.ts";
 import { neverCaptured } from "./plan/exemptions.ts";
+import { checkFailurePolicy, describeFailures } from "./plan/failure.ts";
 import { fenceRules } from "./plan/fence.ts";
 import { leaseRules } from "./plan/lease.ts";
 import { natRules } from "./plan/nat.ts";
@@ -27,6 +28,8 @@ export interface CapturePlan {
   readonly agentUid: number;
   readonly inboundPorts: readonly number[] | "all";
   readonly sshPorts: readonly number[];
+  /** The failure policy in words. */
+  readonly failures: readonly string[];
   /** Sentences for a person: what this machine cannot have, and why. */
   readonly notes: readonly string[];
 }
@@ -55,6 +58,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
   }
   const sshPorts = unique([...wish.sshPorts, ...machine.sshPorts]);
   const settled: CaptureWish = { ...wish, sshPorts, ipv6: wish.ipv6 && machine.ipv6 };
+  checkFailurePolicy(settled);
   const families: Family[] = settled.ipv6 ? [4, 6] : [4];
   const inboundPorts =
     wish.inbound.kind === "all"
@@ -78,6 +82,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
     agentUid: wish.agentUid,
     inboundPorts,
     sshPorts,
+    failures: describeFailures(settled),
     notes,
   };
 }

@@ -86,7 +86,8 @@ export interface Rule {
 export interface FenceRule {
   readonly chain: "output" | "input";
   readonly when: readonly Match[];
-  readonly verdict: { readonly do: "return" } | { readonly do: "reset" };
+  /** `count`: let through, and one more in the counter of what went past Envoy. */
+  readonly verdict: { readonly do: "return" } | { readonly do: "reset" } | { readonly do: "count" };
   readonly why: string;
 }
 

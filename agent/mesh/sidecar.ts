@@ -13,6 +13,7 @@ export interface SidecarSettings {
   readonly outboundCidrs?: readonly string[];
   readonly outboundExcludeCidrs?: readonly string[];
   readonly outboundExcludePorts?: readonly number[];
+  readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
 }
@@ -53,6 +54,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   VMMESH_MESH_CIDRS: {
     setting: "meshCidrs",
     comment: "Where the mesh's services live: what would reach them past Envoy is refused.",
+  },
+  VMMESH_FAILURE_POLICY: {
+    setting: "failurePolicy",
+    comment:
+      "What differs from: declared ports and the mesh closed while Envoy does not answer, the rest open. E.g. outbound:10.0.0.0/8:443=closed, inbound:8080=open.",
   },
   VMMESH_ISTIOD_ADDRESSES: {
     setting: "istiodAddresses",

@@ -79,6 +79,8 @@ export interface Workload {
   readonly outboundExcludePorts: readonly number[];
   /** Where the mesh's services live: the fence refuses what would reach them past Envoy. */
   readonly meshCidrs: readonly string[];
+  /** What differs from the default failure policy, as the operator wrote it. */
+  readonly failurePolicy: readonly string[];
   readonly dnsCapture: boolean;
   readonly probe: ReadinessProbe | undefined;
   /** Where the probe goes unless it names a host itself: the first address, or `localhost` if that one is not on the machine. */

@@ -309,6 +309,7 @@ describe("sidecar.env", () => {
       outboundExcludeCidrs: ["10.1.0.0/16"],
       outboundExcludePorts: [25],
       inboundExcludePorts: [9100],
+      failurePolicy: ["outbound:[fd00::/8]:443=closed", "inbound:*=open"],
     });
     expect(workload({}, Object.fromEntries(parseEnv(text, "sidecar.env")))).toMatchObject({
       addresses: ["10.0.0.9", "10.0.0.7", "2001:db8::7", "172.17.0.1"],
@@ -319,6 +320,7 @@ describe("sidecar.env", () => {
       outboundExcludeCidrs: ["10.1.0.0/16"],
       outboundExcludePorts: [25],
       inboundExcludePorts: [22, 9100, 15020, 15021, 15090],
+      failurePolicy: ["outbound:[fd00::/8]:443=closed", "inbound:*=open"],
     });
   });
 

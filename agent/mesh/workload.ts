@@ -95,6 +95,7 @@ export function workloadOf(input: WorkloadInput): Workload {
       ...env.ports("VMMESH_OUTBOUND_EXCLUDE_PORTS"),
     ]),
     meshCidrs: env.cidrs("VMMESH_MESH_CIDRS"),
+    failurePolicy: env.local("VMMESH_FAILURE_POLICY"),
     dnsCapture: isTrue(meta["DNS_CAPTURE"]),
     probe: parseProbe(proxyConfig["readinessProbe"]),
     probeHost: isTrue(env.get("REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION"))

@@ -1,5 +1,5 @@
 import type { CapturePlan } from "../plan.ts";
-import type { Match, Rule } from "../rules.ts";
+import type { FenceRule, Match, Rule } from "../rules.ts";
 
 /** For `vmmesh iptables plan`: what is captured, what is let through and why, what happens when something dies. */
 export function describePlan(plan: CapturePlan): string {
@@ -16,7 +16,7 @@ export function describePlan(plan: CapturePlan): string {
     lines.push("Guard: the same rules as an nft nat chain at priority -120, ahead of every other program's.");
   if (plan.fence.length > 0)
     lines.push(
-      "Fence: table `inet vmmesh-fence` refuses what would reach the mesh, or a declared port, past Envoy.",
+      "Fence: table `inet vmmesh-fence` refuses what is closed and counts what is open, where it would go past Envoy.",
     );
   for (const note of plan.notes) lines.push(`Note: ${note}.`);
   for (const { family, rules } of plan.families) {
@@ -41,7 +41,8 @@ export function describePlan(plan: CapturePlan): string {
     "",
     "Let through as they are: all UDP but questions to the resolver (DHCP and NTP among it), ICMP, forwarded packets,",
     "connections that were open before, everything sent by the users of Envoy and of the agent.",
-    "When Envoy dies: declared ports and the mesh are refused; other captured traffic goes direct after 3 s.",
+    "When Envoy does not answer (closed: refused; open: direct after 3 s, and counted):",
+    ...plan.failures.map((line) => `  ${line}`),
     "When the agent dies: questions go to the real resolver after 3 s.",
   );
   return `${lines.join("\n")}\n`;
@@ -86,7 +87,7 @@ function describeMatch(match: Match): string {
   }
 }
 
-function describeVerdict(verdict: Rule["verdict"]): string {
+function describeVerdict(verdict: Rule["verdict"] | FenceRule["verdict"]): string {
   switch (verdict.do) {
     case "return":
       return "left alone";
@@ -104,5 +105,7 @@ function describeVerdict(verdict: Rule["verdict"]): string {
       return `renews the lease of ${verdict.lease === "envoy" ? "Envoy" : "the agent"}`;
     case "forgetSoon":
       return "forgotten after 3 s";
+    case "count":
+      return "counted, and left alone";
   }
 }

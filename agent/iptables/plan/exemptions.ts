@@ -49,6 +49,6 @@ export function exemptions(wish: CaptureWish, family: Family): Exemption[] {
 }
 
 /** Ports on which nobody from outside may ever meet Envoy instead of the real server. */
-export function neverCaptured(wish: CaptureWish): number[] {
+export function neverCaptured(wish: Pick<CaptureWish, "sshPorts">): number[] {
   return unique([...wish.sshPorts, ...OWN_PORTS, PORTS.tunnel]);
 }

@@ -1,27 +1,31 @@
 import { PORTS } from "../../core/paths.ts";
 import { type Family, type FenceRule, hostCidr, type Match, OPENING, REDIRECTED_TO, TCP } from "../rules.ts";
-import { exemptions } from "./exemptions.ts";
-import { inboundMatches } from "./inbound.ts";
-import { LO_OUT, of, owner, RETURN, to } from "./terms.ts";
+import { exemptions, neverCaptured } from "./exemptions.ts";
+import { type Inbound, inboundFailures, outboundFailures, outboundMatches, portMatches } from "./failure.ts";
+import { LO_OUT, of, owner, portGroups, RETURN, to, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
+const RESET = { do: "reset" } as const;
+const COUNT = { do: "count" } as const;
+
 /**
- * What order loss or a wipe would let slip is refused. Only first segments are judged: a connection that was open before
- * the fence stays open. New TCP to the mesh that is on its way to Envoy has been readdressed to loopback by now.
+ * What slips past Envoy (order loss, a wipe, a lapsed lease) is refused where the policy is closed and counted where it is
+ * open. Only first segments are judged: a connection that was open before the fence stays open. New TCP that is on its way
+ * to Envoy has been readdressed to loopback, or to Envoy's inbound port, by now.
  */
 export function fenceRules(wish: CaptureWish): FenceRule[] {
   const families: Family[] = wish.ipv6 ? [4, 6] : [4];
-  const mesh = families.flatMap((family) => of(wish.meshCidrs, family));
-  const inbound = wish.inbound.kind === "ports" ? inboundMatches(wish) : [];
+  const cells = families.flatMap((family) =>
+    outboundFailures(wish, family).map((cell) => ({ ...cell, family })),
+  );
   const out = (when: readonly Match[], verdict: FenceRule["verdict"], why: string): FenceRule => ({
     chain: "output",
     when,
     verdict,
     why,
   });
-  const reset = { do: "reset" } as const;
   const outbound =
-    mesh.length === 0
+    cells.length === 0
       ? []
       : [
           out([LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
@@ -47,8 +51,20 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
               ),
             ),
           ]),
-          ...mesh.map((cidr) =>
-            out([{ is: "addressedTo", cidr }, TCP, OPENING], reset, "to the mesh, but past Envoy"),
+          ...cells.map(({ family, ...cell }) =>
+            out(
+              [
+                ...(cell.to === "*" ? [{ is: "family", family } as const] : []),
+                ...outboundMatches(cell).map(beforeNat),
+                OPENING,
+              ],
+              cell.failure === "closed" ? RESET : COUNT,
+              cell.failure === "open"
+                ? "past Envoy, as the failure policy allows"
+                : cell.mesh
+                  ? "to the mesh, but past Envoy"
+                  : "to a destination declared closed, but past Envoy",
+            ),
           ),
         ];
   const outside: Match = { is: "in", interface: "lo", not: true };
@@ -62,23 +78,47 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
         { is: "addressedToPorts", ports: [port] },
         OPENING,
       ],
-      verdict: reset,
+      verdict: RESET,
       why: "Envoy's listeners for captured traffic cannot be dialled from outside",
     }),
   );
   return [
     ...outbound,
     ...listeners,
-    ...inbound.map(
-      (when): FenceRule => ({
-        chain: "input",
-        // Without IPv6 capture an IPv6 connection cannot come through Envoy, so it is not judged.
-        when: [...(wish.ipv6 ? [] : [{ is: "family", family: 4 } as const]), outside, TCP, ...when, OPENING],
-        verdict: reset,
-        why: "to a declared port, but past Envoy",
-      }),
+    ...(wish.inbound.kind === "all" ? notJudged(wish.inbound.excludePorts, wish) : []),
+    ...inboundFailures(wish).flatMap((cell) =>
+      portMatches(cell).map(
+        (when): FenceRule => ({
+          chain: "input",
+          // Without IPv6 capture an IPv6 connection cannot come through Envoy, so it is not judged.
+          when: [
+            ...(wish.ipv6 ? [] : [{ is: "family", family: 4 } as const]),
+            outside,
+            TCP,
+            ...when,
+            OPENING,
+          ],
+          verdict: cell.failure === "closed" ? RESET : COUNT,
+          why: inboundWhy(cell),
+        }),
+      ),
     ),
   ];
+}
+
+function inboundWhy({ ports, failure }: Inbound): string {
+  if (failure === "open") return "past Envoy, as the failure policy allows";
+  return ports === undefined ? "to a captured port, but past Envoy" : "to a declared port, but past Envoy";
+}
+
+/** When every port is captured: what came through the redirect, and the ports that are left out. */
+function notJudged(excluded: readonly number[], wish: CaptureWish): FenceRule[] {
+  return portGroups(unique([PORTS.inbound, ...neverCaptured(wish), ...excluded])).map((ports) => ({
+    chain: "input",
+    when: [TCP, { is: "toPorts", ports }],
+    verdict: RETURN,
+    why: "captured, or never captured",
+  }));
 }
 
 /** The fence runs after NAT; who was exempt by the address that the application dialled stays exempt. */

@@ -1,5 +1,6 @@
 import { CHAIN, type Match, type Rule, TCP } from "../rules.ts";
 import { neverCaptured } from "./exemptions.ts";
+import { inboundFailures, portMatches } from "./failure.ts";
 import { jump, portGroups, RETURN, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
@@ -24,27 +25,36 @@ export function inboundRules(wish: CaptureWish): Rule[] {
   const left = portGroups(neverCaptured(wish)).map((ports) =>
     rule([TCP, { is: "toPorts", ports }], RETURN, "sshd and vmmesh's own listeners are never captured"),
   );
-  if (wish.inbound.kind === "ports") {
-    return [
-      ...left,
-      ...captured.map((when) =>
-        rule(
-          [TCP, ...when],
-          jump(CHAIN.inRedirect),
-          "a declared port: only through Envoy's inbound listener",
-        ),
-      ),
-    ];
-  }
+  const excluded = wish.inbound.kind === "all" ? unique(wish.inbound.excludePorts) : [];
   return [
     ...left,
-    ...portGroups(unique(wish.inbound.excludePorts)).map((ports) =>
+    ...portGroups(excluded).map((ports) =>
       rule([TCP, { is: "toPorts", ports }], RETURN, "an inbound port excluded from capture by configuration"),
     ),
-    rule(
-      [TCP, { is: "leased", lease: "envoy" }],
-      jump(CHAIN.inRedirect),
-      "every other port through Envoy, direct while it does not answer",
+    ...inboundFailures(wish).flatMap((cell, index, cells) =>
+      portMatches(cell).flatMap((when) => {
+        if (cell.failure === "closed")
+          return [
+            rule(
+              [TCP, ...when],
+              jump(CHAIN.inRedirect),
+              cell.ports === undefined
+                ? "every other port: only through Envoy's inbound listener"
+                : "a declared port: only through Envoy's inbound listener",
+            ),
+          ];
+        const direct = rule([TCP, ...when], RETURN, "declared open: direct while Envoy does not answer");
+        return [
+          rule(
+            [TCP, ...when, { is: "leased", lease: "envoy" }],
+            jump(CHAIN.inRedirect),
+            cell.ports === undefined
+              ? "every other port through Envoy, direct while it does not answer"
+              : "a port declared open: through Envoy, direct while it does not answer",
+          ),
+          ...(cells.slice(index + 1).some(({ failure }) => failure === "closed") ? [direct] : []),
+        ];
+      }),
     ),
   ];
 }

@@ -11,6 +11,7 @@ import {
   UDP,
 } from "../rules.ts";
 import { agentAnswers } from "./dns.ts";
+import { anyOpen } from "./failure.ts";
 import { jump, of, to } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
@@ -25,7 +26,7 @@ export function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boole
     verdict,
     why,
   });
-  const leased = wish.outbound.cidrs.length > 0 || wish.inbound.kind === "all";
+  const leased = anyOpen(wish, family);
   const envoy = [
     rule(
       [

@@ -14,6 +14,7 @@ import {
   UDP,
 } from "../rules.ts";
 import { exemptions } from "./exemptions.ts";
+import { type Outbound, outboundFailures, outboundMatches } from "./failure.ts";
 import { inboundMatches, inboundRules } from "./inbound.ts";
 import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
@@ -22,9 +23,8 @@ import type { CaptureWish } from "./wish.ts";
 export function natRules(wish: CaptureWish, family: Family): Rule[] {
   const { agentUid, envoyUid } = wish;
   const servers = of(wish.dns?.servers ?? [], family);
-  const captureAll = wish.outbound.cidrs.includes("*");
   const mesh = of(wish.meshCidrs, family);
-  const open = captureAll ? [] : of(wish.outbound.cidrs, family).filter((cidr) => !mesh.includes(cidr));
+  const cells = outboundFailures(wish, family);
   const rule = (chain: string, when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
     table: "nat",
     chain,
@@ -119,33 +119,9 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
         "when the agent does not answer, the resolver is asked directly",
       ),
     ]),
-    ...mesh.map((cidr) =>
-      rule(
-        CHAIN.output,
-        [to(cidr), TCP],
-        jump(CHAIN.redirect),
-        "services of the mesh are reached through Envoy only",
-      ),
-    ),
+    ...cells.filter((cell) => cell.mesh).flatMap(outboundRedirect),
     rule(CHAIN.output, [LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
-    ...open.map((cidr) =>
-      rule(
-        CHAIN.output,
-        [to(cidr), TCP, { is: "leased", lease: "envoy" }],
-        jump(CHAIN.redirect),
-        "a captured network, direct while Envoy does not answer",
-      ),
-    ),
-    ...(captureAll
-      ? [
-          rule(
-            CHAIN.output,
-            [TCP, { is: "leased", lease: "envoy" }],
-            jump(CHAIN.redirect),
-            "everything else goes through Envoy, direct while it does not answer",
-          ),
-        ]
-      : []),
+    ...cells.filter((cell) => !cell.mesh).flatMap(outboundRedirect),
     ...(inboundMatches(wish).length > 0
       ? [
           hook(
@@ -158,5 +134,38 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
         ]
       : []),
     hook("nat", "OUTPUT", [], CHAIN.output, "outbound connections of this machine, ahead of KUBE-SERVICES"),
+  ];
+}
+
+/** Where an open destination is followed by a wider closed one, it leaves before that while Envoy does not answer. */
+function outboundRedirect(cell: Outbound): Rule[] {
+  const when = outboundMatches(cell);
+  const rule = (matches: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
+    table: "nat",
+    chain: CHAIN.output,
+    when: matches,
+    verdict,
+    why,
+  });
+  if (cell.failure === "closed")
+    return [
+      rule(
+        when,
+        jump(CHAIN.redirect),
+        cell.mesh
+          ? "services of the mesh are reached through Envoy only"
+          : "declared closed: through Envoy only",
+      ),
+    ];
+  const whole = cell.to === "*" && cell.port === undefined;
+  return [
+    rule(
+      [...when, { is: "leased", lease: "envoy" }],
+      jump(CHAIN.redirect),
+      whole
+        ? "everything else goes through Envoy, direct while it does not answer"
+        : "a captured network, direct while Envoy does not answer",
+    ),
+    ...(cell.beforeClosed ? [rule(when, RETURN, "declared open: direct while Envoy does not answer")] : []),
   ];
 }

@@ -1,5 +1,6 @@
 import { VmmeshError } from "../../core/errors.ts";
 import { ipFamily, parseHostPort } from "../../core/net.ts";
+import type { PolicyRule } from "../policy.ts";
 import type { Family } from "../rules.ts";
 
 /** What is wanted, in words of the mesh. */
@@ -26,6 +27,8 @@ export interface CaptureWish {
   readonly istiod: readonly string[];
   /** Management networks, let through. */
   readonly keep: readonly string[];
+  /** What differs from: declared inbound ports and the mesh closed, the rest open. */
+  readonly failurePolicy?: readonly PolicyRule[];
 }
 
 /** Which iptables program writes into which tables of the kernel. */

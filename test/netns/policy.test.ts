@@ -1,0 +1,118 @@
+import type { ChildProcess } from "node:child_process";
+import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { applyPlan } from "../../agent/iptables/apply.ts";
+import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
+import { parsePolicyRule } from "../../agent/iptables/policy.ts";
+import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+
+/** The failure policy by packets: what is refused and what goes direct when Envoy has gone, and what the fence counts. */
+let lab: Lab;
+let envoy: ChildProcess;
+
+beforeEach(async () => {
+  lab = await Lab.make();
+  ({ envoy } = await lab.populate());
+});
+afterEach(() => lab[Symbol.asyncDispose]());
+
+const install = async (wish: CaptureWish, facts: Partial<MachineFacts> = {}): Promise<void> => {
+  const trial = await applyPlan(lab.host, await lab.rendered(wish, facts), {
+    confirmWithinMs: 60_000,
+    rulesDir: lab.rulesDir,
+    unit: "detached",
+  });
+  await trial.confirm();
+};
+const policy = (...rules: string[]) => ({ failurePolicy: rules.map(parsePolicyRule) });
+const meets = (want: string, address: string, port: number, from?: string) => async () =>
+  (await lab.dial(UID.app, address, port, from)) === want;
+const counted = async (name: string): Promise<number> =>
+  Number(
+    /packets (\d+)/.exec(await lab.insideShell(`nft list counter inet vmmesh-fence ${name}`))?.[1] ?? "-1",
+  );
+
+const BACKENDS: { name: string; facts: Partial<MachineFacts> }[] = [
+  { name: "with guard and fence", facts: {} },
+  { name: "by iptables alone", facts: { nft: false } },
+];
+
+describe.for(BACKENDS)("Envoy killed, $name", ({ facts }) => {
+  test("a declared port that is open is reached directly, one that is closed is refused", async () => {
+    await install(
+      { ...WISH, inbound: { kind: "ports", ports: [9000, 9001] }, ...policy("inbound:9001=open") },
+      facts,
+    );
+    await eventually(meets("ENVOY-IN", MACHINE.ip, 9001, lab.world), 5000);
+    envoy.kill("SIGKILL");
+    await eventually(meets("OTHER", MACHINE.ip, 9001, lab.world), 5000);
+    expect(await lab.dial(UID.app, MACHINE.ip6, 9001, lab.world)).toBe("OTHER");
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+  });
+
+  test("with every port captured and closed, only what is declared open is reached; sshd always", async () => {
+    await install(
+      {
+        ...WISH,
+        inbound: { kind: "all", excludePorts: [] },
+        ...policy("inbound:*=closed", "inbound:9001=open"),
+      },
+      facts,
+    );
+    await eventually(meets("ENVOY-IN", MACHINE.ip, 9001, lab.world), 5000);
+    envoy.kill("SIGKILL");
+    await eventually(meets("OTHER", MACHINE.ip, 9001, lab.world), 5000);
+    expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+    expect(await lab.dial(UID.app, MACHINE.ip, 22, lab.world)).toBe("SSHD");
+  });
+
+  test("a destination outside the mesh that is closed is refused, a port of it that is open goes direct", async () => {
+    await install({ ...WISH, ...policy("outbound:*=closed", `outbound:${REMOTE.ip}:80=open`) }, facts);
+    await eventually(meets("ENVOY-OUT", REMOTE.ip, 80), 5000);
+    expect(await lab.dial(UID.app, REMOTE.ip, 8080)).toBe("ENVOY-OUT");
+    envoy.kill("SIGKILL");
+    await eventually(meets("DIRECT", REMOTE.ip, 80), 5000);
+    expect(await lab.dial(UID.app, REMOTE.ip, 8080)).toBe("refused");
+    expect(await lab.dial(UID.app, REMOTE.ip6, 80)).toBe("refused");
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+  });
+
+  test("a service of the mesh that is open goes direct, the others are refused", async () => {
+    await install({ ...WISH, ...policy(`outbound:[${SERVICE.ip6}]=open`) }, facts);
+    await eventually(meets("ENVOY-OUT", SERVICE.ip6, 80), 5000);
+    envoy.kill("SIGKILL");
+    await eventually(meets("DIRECT", SERVICE.ip6, 80), 5000);
+    expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+  });
+});
+
+describe("what the fence counts", () => {
+  test("every connection that went past Envoy where that is allowed, and every one that it refused", async () => {
+    await install({
+      ...WISH,
+      inbound: { kind: "ports", ports: [9000, 9001] },
+      ...policy("inbound:9001=open", `outbound:${REMOTE.ip}:8080=closed`),
+    });
+    await eventually(meets("ENVOY-OUT", REMOTE.ip, 80), 5000);
+    await eventually(meets("ENVOY-IN", MACHINE.ip, 9001, lab.world), 5000);
+    const before = { out: await counted("bypassed_output"), in: await counted("bypassed_input") };
+    // Through Envoy is not past it.
+    for (let round = 0; round < 5; round += 1)
+      expect(await lab.dial(UID.app, REMOTE.ip, 80)).toBe("ENVOY-OUT");
+    expect(await counted("bypassed_output")).toBe(before.out);
+    // Everything that redirects is gone; the fence is not.
+    await lab.insideShell(
+      "iptables -t nat -F; ip6tables -t nat -F; nft delete table ip vmmesh; nft delete table ip6 vmmesh",
+    );
+    for (let round = 0; round < 7; round += 1) expect(await lab.dial(UID.app, REMOTE.ip, 80)).toBe("DIRECT");
+    for (let round = 0; round < 3; round += 1)
+      expect(await lab.dial(UID.app, MACHINE.ip, 9001, lab.world)).toBe("OTHER");
+    for (let round = 0; round < 4; round += 1)
+      expect(await lab.dial(UID.app, REMOTE.ip, 8080)).toBe("refused");
+    for (let round = 0; round < 2; round += 1)
+      expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+    expect(await counted("bypassed_output")).toBe(before.out + 7);
+    expect(await counted("bypassed_input")).toBe(before.in + 3);
+    expect(await counted("refused_output")).toBe(4);
+    expect(await counted("refused_input")).toBe(2);
+  });
+});
