@@ -15,7 +15,7 @@ import {
 } from "./read.ts";
 import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
-import { nftTables, renderUndoScript, restoreCommand } from "./undo.ts";
+import { nftTables, removeTables, renderUndoScript, restoreCommand } from "./undo.ts";
 
 export type Applies = Pick<Host, "run" | "files" | "random">;
 
@@ -121,9 +121,9 @@ export async function applyPlan(
     await arm(host, here, options);
     const started = host.clock.monotonicMs();
     const former = await readState(host.files, rulesDir, "confirmed");
-    // Its chains would stay behind; for a moment nothing captures, which only a change of the join's own options can bring.
+    // Its chains would stay behind.
     const shrinks = former !== undefined && !covers(plan, former.state.plan);
-    if (shrinks) await undo(host, former.here, "now");
+    if (shrinks) await takeOutFormer(host, former, rendered);
     await addPassthroughAddress(host, here, plan);
     for (const { family } of plan.families)
       await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
@@ -162,6 +162,28 @@ export async function takeBackTrial(
   else await host.files.remove(`${rulesDir}/trial`);
   await stopTimer(host, unit);
   await removeOldGenerations(host.files, rulesDir);
+}
+
+/**
+ * Takes a former generation's chains out before another's go in. Guard and fence of the new one hold the traffic
+ * meanwhile; where it has none, nothing captures for a moment.
+ */
+async function takeOutFormer(
+  host: Applies,
+  { here, state }: { readonly here: string; readonly state: GenerationFile },
+  rendered: RenderedPlan,
+): Promise<void> {
+  if (!rendered.plan.guard) return undo(host, here, "now");
+  const kept = nftTables(rendered.plan);
+  await applyNft(
+    host,
+    rendered,
+    nftTables(state.plan).filter((table) => !kept.includes(table)),
+  );
+  const script = `${here}/chains.sh`;
+  await host.files.writeAtomic(script, renderUndoScript({ ...state.plan, guard: false }), PRIVATE);
+  const result = await host.run({ argv: ["sh", script, "now"] });
+  if (result.code !== 0) throw refused(result, `${script} now`);
 }
 
 /** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
@@ -322,10 +344,15 @@ function nftText(rendered: Pick<RenderedPlan, "guard" | "fence">): string | unde
   return text === "" ? undefined : text;
 }
 
-async function applyNft(host: Applies, rendered: Pick<RenderedPlan, "guard" | "fence">): Promise<void> {
+/** @param gone tables that go in the same transaction */
+async function applyNft(
+  host: Applies,
+  rendered: Pick<RenderedPlan, "guard" | "fence">,
+  gone: readonly string[] = [],
+): Promise<void> {
   const text = nftText(rendered);
   if (text === undefined) return;
-  const result = await host.run({ argv: ["nft", "-f", "-"], input: text });
+  const result = await host.run({ argv: ["nft", "-f", "-"], input: `${removeTables(gone)}${text}` });
   if (result.code !== 0) throw refused(result, "nft -f -");
 }
 

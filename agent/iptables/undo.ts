@@ -6,6 +6,13 @@ import { type Family, HOOKS, PASSTHROUGH, type Table } from "./rules.ts";
 /** nat first: as long as a redirect is there, the leases and zones that it relies on are there too. */
 const UNDO_ORDER: readonly Table[] = ["nat", "mangle", "raw"];
 
+const FORMER_NFT = '"$rules/confirmed/boot.nft"';
+
+/** nft text that takes these tables out, whether they are there or not. */
+export function removeTables(tables: readonly string[]): string {
+  return tables.map((table) => `add table ${table}\ndelete table ${table}\n`).join("");
+}
+
 /**
  * The inverse of a plan as a POSIX shell script, rendered before anything is applied. It never restores a snapshot (that
  * would erase what kube-proxy wrote meanwhile): it empties and deletes our chains and the jumps to them that it finds, one
@@ -33,17 +40,20 @@ export function renderUndoScript(plan: CapturePlan): string {
     '  [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0',
     '  mv -fT "$rules/trial" "$rules/undone" || exit 0',
     "fi",
+    "failed=0",
     ...(plan.guard
       ? [
-          "nft -f - <<'END'",
-          ...[...(["ip vmmesh", "ip6 vmmesh", FENCE_TABLE] as const)].flatMap((table) => [
-            `add table ${table}`,
-            `delete table ${table}`,
-          ]),
+          "# Guard and fence of a former generation come back in the transaction that takes these out: nothing slips between.",
+          "former=/dev/null",
+          `[ "$mode" = now ] || [ ! -e ${FORMER_NFT} ] || former=${FORMER_NFT}`,
+          "{",
+          "  cat <<'END'",
+          removeTables(["ip vmmesh", "ip6 vmmesh", FENCE_TABLE]).trimEnd(),
           "END",
+          '  cat "$former"',
+          "} | nft -f - || failed=1",
         ]
       : []),
-    "failed=0",
     `[ ! -e "$here/made.address" ] || ip -6 addr del ${PASSTHROUGH[6]}/128 dev lo || true`,
     ...families.flatMap((wanted) =>
       UNDO_ORDER.filter((table) => ownChains(wanted, table).length > 0).flatMap((table) =>
@@ -58,7 +68,7 @@ export function renderUndoScript(plan: CapturePlan): string {
         const text = `"$rules/confirmed/ipv${family}.rules"`;
         return `  [ ! -e ${text} ] || ${restore(plan, family)} <${text} || failed=1`;
       }),
-    '  [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1',
+    ...(plan.guard ? [] : [`  [ ! -e ${FORMER_NFT} ] || nft -f ${FORMER_NFT} || failed=1`]),
     "fi",
     "exit $failed",
     "",

@@ -85,6 +85,54 @@ describe.for(BACKENDS)("Envoy killed, $name", ({ facts }) => {
   });
 });
 
+describe("rules that change", () => {
+  /** Dials as fast as it can until the work is done. @returns what was met, each with how often */
+  const during = async (work: () => Promise<void>): Promise<Map<string, number>> => {
+    const met = new Map<string, number>();
+    let done = false;
+    const note = async (address: string, port: number, from?: string): Promise<void> => {
+      while (!done) {
+        const answer = await lab.dial(UID.app, address, port, from);
+        met.set(answer, (met.get(answer) ?? 0) + 1);
+      }
+    };
+    const dialers = [note(SERVICE.ip, 80), note(SERVICE.ip, 80), note(MACHINE.ip, 9000, lab.world)];
+    await work();
+    done = true;
+    await Promise.all(dialers);
+    return met;
+  };
+  const WIDE: CaptureWish = { ...WISH, dns: { servers: ["10.200.0.2"] } };
+
+  test("fewer chains than before: no moment in which something reaches the mesh or a declared port past Envoy", async () => {
+    await install(WIDE);
+    const met = await during(async () => {
+      for (let round = 0; round < 3; round += 1) {
+        await install({ ...WISH, ipv6: false });
+        await install(WIDE);
+      }
+    });
+    expect(met.get("ENVOY-OUT")).toBeGreaterThan(10);
+    expect([...met.keys()].filter((answer) => answer === "DIRECT" || answer === "APP")).toEqual([]);
+  });
+
+  test("nor when a trial is taken back to the rules before it", async () => {
+    await install(WISH);
+    const met = await during(async () => {
+      for (let round = 0; round < 3; round += 1) {
+        const trial = await applyPlan(lab.host, await lab.rendered(WIDE), {
+          confirmWithinMs: 60_000,
+          rulesDir: lab.rulesDir,
+          unit: "detached",
+        });
+        await trial.rollBack();
+      }
+    });
+    expect(met.get("ENVOY-OUT")).toBeGreaterThan(10);
+    expect([...met.keys()].filter((answer) => answer === "DIRECT" || answer === "APP")).toEqual([]);
+  });
+});
+
 describe("what the fence counts", () => {
   test("every connection that went past Envoy where that is allowed, and every one that it refused", async () => {
     await install({

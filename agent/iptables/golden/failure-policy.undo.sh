@@ -11,7 +11,12 @@ if [ "$mode" != now ]; then
   [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0
   mv -fT "$rules/trial" "$rules/undone" || exit 0
 fi
-nft -f - <<'END'
+failed=0
+# Guard and fence of a former generation come back in the transaction that takes these out: nothing slips between.
+former=/dev/null
+[ "$mode" = now ] || [ ! -e "$rules/confirmed/boot.nft" ] || former="$rules/confirmed/boot.nft"
+{
+  cat <<'END'
 add table ip vmmesh
 delete table ip vmmesh
 add table ip6 vmmesh
@@ -19,7 +24,8 @@ delete table ip6 vmmesh
 add table inet vmmesh-fence
 delete table inet vmmesh-fence
 END
-failed=0
+  cat "$former"
+} | nft -f - || failed=1
 [ ! -e "$here/made.address" ] || ip -6 addr del ::6/128 dev lo || true
 text=$(
   echo '*nat'
@@ -122,6 +128,5 @@ fi
 if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
   [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-nft-restore --noflush <"$rules/confirmed/ipv4.rules" || failed=1
   [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-nft-restore --noflush <"$rules/confirmed/ipv6.rules" || failed=1
-  [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
 fi
 exit $failed
