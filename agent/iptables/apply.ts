@@ -1,7 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Host } from "../platform/host.ts";
 import { withoutCounters } from "./parse.ts";
-import type { CaptureWish } from "./plan/wish.ts";
+import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
 import { type CapturePlan, type FamilyPlan, planCapture } from "./plan.ts";
 import {
   foreignIstio,
@@ -14,6 +14,7 @@ import {
   tryRun,
 } from "./read.ts";
 import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
+import { refuseSharedRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
 import { nftTables, removeTables, renderUndoScript, restoreCommand } from "./undo.ts";
 
@@ -97,6 +98,7 @@ export async function applyPlan(
     );
   }
   await test(host, rendered);
+  await refuseSharedRouting(host, plan);
 
   const generation = `gen-${Buffer.from(host.random(4)).toString("hex")}`;
   const here = `${rulesDir}/${generation}`;
@@ -125,6 +127,7 @@ export async function applyPlan(
     const shrinks = former !== undefined && !covers(plan, former.state.plan);
     if (shrinks) await takeOutFormer(host, former, rendered);
     await addPassthroughAddress(host, here, plan);
+    await layRouting(host, here, plan);
     for (const { family } of plan.families)
       await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
     await applyNft(host, rendered);
@@ -227,6 +230,7 @@ async function writeGeneration(
     ["ipv6.rules", rendered.ipv6],
     // One file, so that `nft -f` at boot loads guard and fence as one transaction.
     ["boot.nft", nftText(rendered)],
+    ["routing.sh", rendered.routing],
     ["undo.sh", rendered.undo],
   ];
   for (const [name, text] of texts) {
@@ -260,6 +264,14 @@ async function addPassthroughAddress(host: Applies, here: string, plan: CaptureP
   if (added?.code === 0) await host.files.writeAtomic(`${here}/made.address`, "", PRIVATE);
 }
 
+/** @returns what was missing, one sentence each */
+async function layRouting(host: Applies, here: string, plan: CapturePlan): Promise<string[]> {
+  if (plan.routeTable === undefined) return [];
+  const result = await host.run({ argv: ["sh", `${here}/routing.sh`] });
+  if (result.code !== 0) throw refused(result, `${here}/routing.sh`);
+  return result.stdout.split("\n").filter((line) => line !== "");
+}
+
 /** Does `next` write every chain that `former` wrote? Pure. */
 export function covers(next: CapturePlan, former: CapturePlan): boolean {
   const chains = (plan: CapturePlan): string[] => [
@@ -267,6 +279,7 @@ export function covers(next: CapturePlan, former: CapturePlan): boolean {
       rules.map(({ table, chain }) => `${plan.backend} ${plan.programs[family]} ${family} ${table} ${chain}`),
     ),
     ...nftTables(plan),
+    ...(plan.routeTable === undefined ? [] : [`routing table ${plan.routeTable}`]),
   ];
   const there = new Set(chains(next));
   return chains(former).every((chain) => there.has(chain));
@@ -485,6 +498,7 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
     mendNft(host, state),
   ]);
   await addPassthroughAddress(host, here, plan);
+  const laid = await layRouting(host, here, plan);
   const rest = await Promise.all(
     plan.families.flatMap((wanted) =>
       // One after the other within a family: legacy has one lock.
@@ -497,7 +511,7 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
       ),
     ),
   );
-  const repaired = [...first, ...rest].flat();
+  const repaired = [...first, laid, ...rest].flat();
   if (repaired.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
   return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };
 }
@@ -624,7 +638,7 @@ async function readableState(...args: Parameters<typeof readState>): ReturnType<
   }
 }
 
-/** A wish whose plan has every chain, in both families: for finding what is ours when the record is lost. */
+/** Its plans, for REDIRECT and TPROXY, have every chain, in both families: for finding what is ours when the record is lost. */
 const EVERYTHING: CaptureWish = {
   agentUid: 1,
   envoyUid: 1,
@@ -642,7 +656,18 @@ const EVERYTHING: CaptureWish = {
 async function removeUnrecorded(host: Applies): Promise<boolean> {
   const machine = await readMachine(host);
   if (machine.backend === undefined && !machine.nft) return false;
-  const plan = planCapture(EVERYTHING, machine);
+  const redirect = planCapture(EVERYTHING, machine);
+  const tproxy = planCapture(
+    { ...EVERYTHING, interception: { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } },
+    machine,
+  );
+  const plan: CapturePlan = {
+    ...tproxy,
+    families: tproxy.families.map(({ family, rules }, index) => ({
+      family,
+      rules: [...rules, ...(redirect.families[index]?.rules ?? [])],
+    })),
+  };
   const seen = await readTables(host, plan);
   const tables = await Promise.all(nftTables(plan).map((name) => listNftTable(host, name)));
   const ours =

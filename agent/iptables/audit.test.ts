@@ -94,6 +94,7 @@ const HEALTHY: Evidence = {
   persisted: [],
   refusal: undefined,
   traces: [],
+  routing: [],
 };
 const UNJOINED: Evidence = {
   ...HEALTHY,
@@ -274,6 +275,11 @@ describe("every finding fires on its own evidence", () => {
         ...HEALTHY,
         persisted: [{ file: "/etc/iptables/rules.v4", line: 7, text: "-A OUTPUT -j ISTIO_OUTPUT" }],
       },
+    },
+    {
+      id: "FW037",
+      name: "the way back of TPROXY is gone",
+      evidence: { ...HEALTHY, routing: ["the IPv4 rule for Istio's mark was missing"] },
     },
     {
       id: "FW040",

@@ -26,6 +26,7 @@ import {
   tryRun,
 } from "./read.ts";
 import { renderPlan } from "./render.ts";
+import { missingRouting } from "./routing.ts";
 import { CHAIN, COMMENT_PREFIX, type Family } from "./rules.ts";
 import { nftTables, restoreCommand } from "./undo.ts";
 
@@ -77,6 +78,8 @@ export interface Evidence {
   /** What iptables-restore --test or nft --check says to our own rules; undefined: they are accepted. */
   readonly refusal: string | undefined;
   readonly traces: readonly string[];
+  /** What is missing of the way back of TPROXY, one sentence each. */
+  readonly routing: readonly string[];
 }
 
 /** Every finding that the evidence supports, by id. Pure. */
@@ -411,6 +414,16 @@ function surroundings(evidence: Evidence, plan: CapturePlan): Finding[] {
           APPLY,
         ),
     ),
+    ...when(evidence.routing, (lines) =>
+      finding(
+        "FW037",
+        "high",
+        "what the application answers does not find its way back to Envoy (TPROXY)",
+        lines,
+        "Lay rule and route again.",
+        REPAIR,
+      ),
+    ),
     ...(evidence.refusal === undefined
       ? []
       : [
@@ -465,7 +478,9 @@ function exemptUsers(evidence: Evidence, plan: CapturePlan): string[] {
 
 function inputFindings(evidence: Evidence, plan: CapturePlan): Finding[] {
   const ports = plan.inboundPorts === "all" ? evidence.listeners.map(({ port }) => port) : plan.inboundPorts;
-  const open = inputVerdict(evidence.input, PORTS.inbound, true) !== "denied";
+  // TPROXY leaves the port as it was, and INPUT judges it.
+  const open =
+    plan.routeTable === undefined && inputVerdict(evidence.input, PORTS.inbound, true) !== "denied";
   const opened = open
     ? [...new Set(ports)].filter((port) => inputVerdict(evidence.input, port, false) === "denied")
     : [];
@@ -651,6 +666,7 @@ async function gather(host: Reads, rulesDir: string | undefined): Promise<Eviden
       persisted: [],
       refusal: undefined,
       traces: [],
+      routing: [],
     };
   }
 }
@@ -692,6 +708,7 @@ async function gatherAll(host: Reads, rulesDir: string | undefined): Promise<Evi
     ipv6Default: (routes?.stdout ?? "").trim() !== "",
     persisted: await persistedRules(host),
     refusal: plan === undefined ? undefined : await refusalOf(host, plan),
+    routing: plan === undefined ? [] : await missingRouting(host, plan),
     traces: [
       ...parseSave(save).flatMap(({ rules }) =>
         rules.filter(({ target }) => target === "TRACE").map(({ line }) => line),

@@ -9,6 +9,7 @@ import {
   type Match,
   type Rule,
   type Table,
+  TPROXY_MARK,
 } from "./rules.ts";
 
 export const FENCE_TABLE = "inet vmmesh-fence";
@@ -62,7 +63,7 @@ export function renderGuard(plan: FamilyPlan): string {
     const [first] = rules;
     if (first === undefined) continue;
     lines.push(`\tchain ${name} {`);
-    if (isHook(first.chain)) lines.push(`\t\t${baseChain(first.table, first.chain)}`);
+    if (isHook(first.chain)) lines.push(`\t\t${baseChain(first.table, first.chain, plan)}`);
     for (const rule of rules) lines.push(`\t\t${guardRule(rule)}`);
     lines.push("\t}");
   }
@@ -74,8 +75,12 @@ function chainName(table: Table, chain: string): string {
   return `${table}_${chain}`;
 }
 
-function baseChain(table: Table, hook: Hook): string {
-  const { type, priority } = BASE[table];
+function baseChain(table: Table, hook: Hook, plan: FamilyPlan): string {
+  const { type: usual, priority } = BASE[table];
+  // Only a chain of this type has the kernel look for another route when it changes a mark (nft(8)).
+  const reroutes =
+    table === "mangle" && hook === "OUTPUT" && plan.rules.some(({ verdict }) => verdict.do === "restoreMark");
+  const type = reroutes ? "route" : usual;
   return `type ${type} hook ${hook.toLowerCase()} priority ${priority}; policy accept;`;
 }
 
@@ -177,8 +182,15 @@ function expression(match: Match, tracked: boolean): string {
       return "tcp flags & (fin | syn | rst | ack) == (syn | ack)";
     case "leased":
       return `${LEASE_KEY} @lease_${match.lease}`;
+    case "marked":
+      return `${match.on === "packet" ? "meta" : "ct"} mark & ${hex(TPROXY_MARK.mask)} == ${hex(TPROXY_MARK.value)}`;
+    case "handedOver":
+      return "socket transparent 1";
   }
 }
+
+const hex = (bits: number): string => `0x${bits.toString(16)}`;
+const OTHER_BITS = hex((~TPROXY_MARK.mask & 0xffff_ffff) >>> 0);
 
 function action({ table, verdict }: Rule): string {
   switch (verdict.do) {
@@ -191,6 +203,12 @@ function action({ table, verdict }: Rule): string {
       return `jump ${chainName(table, verdict.chain)}`;
     case "redirect":
       return `counter redirect to :${verdict.port}`;
+    case "tproxy":
+      return `counter tproxy to :${verdict.port}`;
+    case "saveMark":
+      return `ct mark set ct mark & ${OTHER_BITS} | ${hex(TPROXY_MARK.value)}`;
+    case "restoreMark":
+      return `meta mark set meta mark & ${OTHER_BITS} | ${hex(TPROXY_MARK.value)}`;
     case "zone":
       return `ct zone set ${verdict.zone}`;
     case "refresh":

@@ -39,6 +39,8 @@ const JOIN: CaptureWish = {
   keep: ["10.9.0.0/16"],
 };
 
+const TPROXY = { mode: "TPROXY", routeTable: 133 } as const;
+
 describe("rendered texts, as a person reviews them and the kernel gets them", () => {
   test.for([
     { name: "join", wish: JOIN, machine: MODERN },
@@ -49,6 +51,12 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
         inbound: { kind: "all", excludePorts: [111] },
         outbound: { ...JOIN.outbound, cidrs: ["10.0.0.0/8"] },
       },
+      machine: OLD,
+    },
+    { name: "tproxy", wish: { ...JOIN, interception: TPROXY }, machine: MODERN },
+    {
+      name: "tproxy-inbound-all-legacy",
+      wish: { ...JOIN, interception: TPROXY, inbound: { kind: "all", excludePorts: [111] } },
       machine: OLD,
     },
     {
@@ -83,6 +91,7 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
       "ipv6.rules": rendered.ipv6,
       "guard.nft": rendered.guard,
       "fence.nft": rendered.fence,
+      "routing.sh": rendered.routing,
       "undo.sh": rendered.undo,
     };
     for (const [part, text] of Object.entries(parts)) {
@@ -132,6 +141,10 @@ describe("wishes that are refused", () => {
     { name: "a name instead of a resolver's address", wish: { dns: { servers: ["localhost"] } } },
     { name: "a name instead of istiod's address", wish: { istiod: ["istiod.istio-system.svc"] } },
     { name: "a port beyond the last", wish: { inbound: { kind: "ports", ports: [70_000] } } },
+    {
+      name: "a routing table of the kernel's own",
+      wish: { interception: { mode: "TPROXY", routeTable: 254 } },
+    },
     { name: "a rule smuggled into a network", wish: { keep: ["10.0.0.0/8 -j ACCEPT"] } },
   ] as const)("$name", ({ wish }) => {
     expect(() => planCapture({ ...JOIN, ...wish }, MODERN)).toThrow(
@@ -159,6 +172,7 @@ describe("safety", () => {
       fc.record({ kind: fc.constant("ports" as const), ports: fc.array(port, { maxLength: 40 }) }),
       fc.record({ kind: fc.constant("all" as const), excludePorts: fc.array(port, { maxLength: 40 }) }),
     ),
+    interception: fc.constantFrom(TPROXY, { mode: "REDIRECT" } as const),
     sshPorts: fc.array(port, { maxLength: 3 }),
     outbound: fc.record({
       cidrs: fc.oneof(fc.constant(["*"]), fc.array(cidr, { maxLength: 4 })),

@@ -6,6 +6,7 @@ import { fenceRules } from "./plan/fence.ts";
 import { leaseRules } from "./plan/lease.ts";
 import { natRules } from "./plan/nat.ts";
 import { unique } from "./plan/terms.ts";
+import { tproxies, tproxyRules } from "./plan/tproxy.ts";
 import { type Backend, type CaptureWish, check, type MachineFacts } from "./plan/wish.ts";
 import type { Family, FenceRule, Rule } from "./rules.ts";
 
@@ -21,6 +22,8 @@ export interface CapturePlan {
   readonly backend: Backend | undefined;
   readonly programs: Readonly<Record<Family, string | undefined>>;
   readonly families: readonly FamilyPlan[];
+  /** TPROXY: where the answers of the application are turned back to Envoy (`routing.ts`). */
+  readonly routeTable?: number;
   readonly guard: boolean;
   /** Empty: no fence. */
   readonly fence: readonly FenceRule[];
@@ -73,9 +76,13 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       rules: [
         ...zoneRules(settled, family),
         ...leaseRules(settled, family, machine.dnsTimeouts),
+        ...tproxyRules(settled, machine.nft),
         ...natRules(settled, family),
       ],
     })),
+    ...(wish.interception?.mode === "TPROXY" && tproxies(settled)
+      ? { routeTable: wish.interception.routeTable }
+      : {}),
     guard: machine.nft,
     fence: machine.nft ? fenceRules(settled) : [],
     envoyUid: wish.envoyUid,

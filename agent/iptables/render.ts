@@ -1,5 +1,6 @@
 import { renderFence, renderGuard } from "./nft.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
+import { renderRouting } from "./routing.ts";
 import {
   COMMENT_PREFIX,
   type Family,
@@ -8,6 +9,7 @@ import {
   type Match,
   type Rule,
   type Table,
+  TPROXY_MARK,
 } from "./rules.ts";
 import { renderUndoScript } from "./undo.ts";
 
@@ -22,6 +24,8 @@ export interface RenderedPlan {
   readonly ipv6: string | undefined;
   readonly guard: string | undefined;
   readonly fence: string | undefined;
+  /** A shell script that lays the way back of TPROXY. */
+  readonly routing: string | undefined;
   /** A shell script that takes all of it out again, whatever is left of it, and needs no Node. */
   readonly undo: string;
 }
@@ -46,6 +50,7 @@ export function renderPlan(plan: CapturePlan, options: { comments: boolean }): R
     ipv6: text(6),
     guard: plan.guard ? plan.families.map((family) => renderGuard(family)).join("") : undefined,
     fence: plan.fence.length > 0 ? renderFence(plan.fence) : undefined,
+    routing: renderRouting(plan),
     undo: renderUndoScript(plan),
   };
 }
@@ -100,7 +105,7 @@ export function renderRule(rule: Rule, family: Family, options: { comments: bool
     ...rule.when.flatMap((match) => extension(match, family)),
     ...(rule.verdict.do === "refresh" ? recent(rule.verdict.lease, family, "--set") : []),
     ...(options.comments ? [`-m comment --comment "${COMMENT_PREFIX}${rule.why}"`] : []),
-    ...target(rule),
+    ...target(rule, family),
   ].join(" ");
 }
 
@@ -145,6 +150,8 @@ function extension(match: Match, family: Family): string[] {
       return ["-m addrtype --dst-type LOCAL"];
     case "leased":
       return recent(match.lease, family, `--rcheck --seconds ${LEASE_SECONDS}`);
+    case "marked":
+      return [`-m ${match.on === "packet" ? "mark" : "connmark"} --mark ${MARK}`];
     case "protocol":
     case "from":
     case "to":
@@ -156,6 +163,7 @@ function extension(match: Match, family: Family): string[] {
     case "accepted":
     case "family":
     // The fence's own; it is never rendered for iptables.
+    case "handedOver":
     case "addressedTo":
     case "addressedToPorts":
       return [];
@@ -169,7 +177,10 @@ function recent(lease: string, family: Family, what: string): string[] {
   ];
 }
 
-function target({ verdict }: Rule): string[] {
+const hex = (bits: number): string => `0x${bits.toString(16)}`;
+const MARK = `${hex(TPROXY_MARK.value)}/${hex(TPROXY_MARK.mask)}`;
+
+function target({ verdict }: Rule, family: Family): string[] {
   switch (verdict.do) {
     case "return":
       return ["-j RETURN"];
@@ -181,6 +192,18 @@ function target({ verdict }: Rule): string[] {
       return [`-j ${verdict.chain}`];
     case "redirect":
       return [`-j REDIRECT --to-ports ${verdict.port}`];
+    case "tproxy":
+      // The mark stays as it is: the packet is for an address of this machine already and needs no other route.
+      return [
+        `-j TPROXY --on-port ${verdict.port} --on-ip ${family === 4 ? "0.0.0.0" : "::"} --tproxy-mark 0x0/0x0`,
+      ];
+    case "saveMark":
+    case "restoreMark": {
+      const mask = hex(TPROXY_MARK.mask);
+      return [
+        `-j CONNMARK --${verdict.do === "saveMark" ? "save" : "restore"}-mark --nfmask ${mask} --ctmask ${mask}`,
+      ];
+    }
     case "zone":
       return [`-j CT --zone ${verdict.zone}`];
     case "refresh":

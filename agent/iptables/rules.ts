@@ -2,8 +2,8 @@ import { PORTS } from "../core/paths.ts";
 
 /**
  * The vocabulary of the firewall. A rule is a value that carries its reason; `render.ts` (iptables), `nft.ts` (guard and
- * fence), undo, audit and `describePlan` are functions over it. `do: "mark"`, TPROXY and cgroup matches will be new members
- * of these unions: the switches over them are exhaustive, so the compiler names every place that has to know.
+ * fence), undo, audit and `describePlan` are functions over it. A new kind of match or verdict is a new member of these
+ * unions: the switches over them are exhaustive, so the compiler names every place that has to know.
  */
 export type Family = 4 | 6;
 export type Table = "raw" | "mangle" | "nat";
@@ -19,6 +19,7 @@ export const CHAIN = {
   redirect: "ISTIO_REDIRECT",
   inbound: "ISTIO_INBOUND",
   inRedirect: "ISTIO_IN_REDIRECT",
+  tproxy: "ISTIO_TPROXY",
   lease: "VMMESH_LEASE",
 } as const;
 
@@ -36,6 +37,13 @@ export const PASSTHROUGH: Readonly<Record<Family, string>> = { 4: "127.0.0.6", 6
 export const LOOPBACK: Readonly<Record<Family, string>> = { 4: "127.0.0.0/8", 6: "::1/128" };
 /** What REDIRECT in OUTPUT writes as the new destination (nf_nat_redirect.c). */
 export const REDIRECTED_TO: Readonly<Record<Family, string>> = { 4: "127.0.0.1", 6: "::1" };
+
+/**
+ * The mark that Envoy puts on its connections to the application in TPROXY mode; istiod writes this number into the listener
+ * whatever a machine is told (VM protocol, Appendix on listeners). Only the bits of the mask are looked at and set: above
+ * them others keep theirs (netavark 0x3000, kube-proxy 0xc000, Tailscale 0xff0000, Calico 0xffff0000).
+ */
+export const TPROXY_MARK = { value: 0x539, mask: 0xfff } as const;
 
 export type Match =
   | { readonly is: "protocol"; readonly protocol: "tcp" | "udp" }
@@ -56,7 +64,11 @@ export type Match =
   | { readonly is: "opening" }
   /** Second segment (SYN and ACK): a listener is bound. */
   | { readonly is: "accepted" }
-  | { readonly is: "leased"; readonly lease: Lease };
+  | { readonly is: "leased"; readonly lease: Lease }
+  /** The packet, or the connection that it belongs to, carries `TPROXY_MARK`. */
+  | { readonly is: "marked"; readonly on: "packet" | "connection" }
+  /** TPROXY has handed the packet to Envoy. For the fence. */
+  | { readonly is: "handedOver" };
 
 export type Verdict =
   | { readonly do: "return" }
@@ -65,6 +77,13 @@ export type Verdict =
   | { readonly do: "reset" }
   | { readonly do: "jump"; readonly chain: string }
   | { readonly do: "redirect"; readonly port: number }
+  /**
+   * To the transparent socket on this port, addresses and ports as they are. Where none listens nft goes on with the next
+   * rule and iptables drops the packet. @see nft(8), iptables-extensions(8)
+   */
+  | { readonly do: "tproxy"; readonly port: number }
+  /** `TPROXY_MARK` from the packet to its connection, or back. */
+  | { readonly do: "saveMark" | "restoreMark" }
   /** Conntrack zone; the first one that a packet gets stays. */
   | { readonly do: "zone"; readonly zone: number }
   | { readonly do: "refresh"; readonly lease: Lease }

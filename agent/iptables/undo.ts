@@ -1,6 +1,7 @@
 import { FENCE_TABLE, guardTable } from "./nft.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
 import { ownChains } from "./render.ts";
+import { undoRouting } from "./routing.ts";
 import { type Family, HOOKS, PASSTHROUGH, type Table } from "./rules.ts";
 
 /** nat first: as long as a redirect is there, the leases and zones that it relies on are there too. */
@@ -55,6 +56,7 @@ export function renderUndoScript(plan: CapturePlan): string {
         ]
       : []),
     `[ ! -e "$here/made.address" ] || ip -6 addr del ${PASSTHROUGH[6]}/128 dev lo || true`,
+    ...undoRouting(plan),
     ...families.flatMap((wanted) =>
       UNDO_ORDER.filter((table) => ownChains(wanted, table).length > 0).flatMap((table) =>
         undoTable(plan, wanted, table),
@@ -69,6 +71,7 @@ export function renderUndoScript(plan: CapturePlan): string {
         return `  [ ! -e ${text} ] || ${restore(plan, family)} <${text} || failed=1`;
       }),
     ...(plan.guard ? [] : [`  [ ! -e ${FORMER_NFT} ] || nft -f ${FORMER_NFT} || failed=1`]),
+    '  [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1',
     "fi",
     "exit $failed",
     "",

@@ -36,6 +36,10 @@ interface Listeners {
   /** Name of the process, as ps shows it. */
   comm?: string;
   tcp?: readonly (readonly [address: string, port: number, name: string])[];
+  /** Envoy's inbound listener in TPROXY mode, with CAP_NET_RAW alone. */
+  relay?: readonly (readonly [address: string, port: number, name: string])[];
+  /** Says its name and the client's address. */
+  tell?: readonly (readonly [address: string, port: number, name: string])[];
   udp?: readonly (readonly [address: string, port: number, name: string])[];
   /** Health checks: a connection every half second. */
   beat?: readonly (readonly [address: string, port: number])[];

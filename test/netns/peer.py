@@ -1,5 +1,6 @@
 """The processes of the network tests: `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
 import contextlib
+import ctypes
 import json
 import os
 import socket
@@ -12,6 +13,36 @@ def family(address):
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
+IP_TRANSPARENT = 19
+IPV6_TRANSPARENT = 75
+# What istiod has Envoy put on connections in a client's name.
+TPROXY_MARK = 0x539
+
+
+def transparent(sock):
+    six = sock.family == socket.AF_INET6
+    sock.setsockopt(
+        socket.IPPROTO_IPV6 if six else socket.IPPROTO_IP, IPV6_TRANSPARENT if six else IP_TRANSPARENT, 1
+    )
+
+
+def relay(connection, name):
+    """Envoy's inbound listener in TPROXY mode: connects to where the client wanted to, in the client's name."""
+    with connection, contextlib.suppress(OSError), socket.socket(connection.family) as upstream:
+        transparent(upstream)
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, TPROXY_MARK)
+        upstream.bind((connection.getpeername()[0], 0))
+        upstream.settimeout(1)
+        upstream.connect(connection.getsockname()[:2])
+        connection.sendall(name.encode() + b" " + upstream.recv(4096))
+
+
+def tell(connection, name):
+    """Who the client is, as an application sees it."""
+    with connection, contextlib.suppress(ConnectionError):
+        connection.sendall(f"{name} sees {connection.getpeername()[0]}\n".encode())
+
+
 def answer(connection, name):
     with connection, contextlib.suppress(ConnectionError):
         connection.sendall(name.encode() + b"\n")
@@ -19,10 +50,10 @@ def answer(connection, name):
             connection.sendall(data)
 
 
-def accept(listener, name):
+def accept(listener, name, serving):
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=answer, args=(connection, name), daemon=True).start()
+        threading.Thread(target=serving, args=(connection, name), daemon=True).start()
 
 
 def reply(sock, name):
@@ -55,14 +86,18 @@ def question(address, port):
 
 
 def serve(wish):
-    for address, port, name in wish.get("tcp", []):
+    kinds = [(answer, it) for it in wish.get("tcp", [])]
+    kinds += [(relay, it) for it in wish.get("relay", [])] + [(tell, it) for it in wish.get("tell", [])]
+    for serving, (address, port, name) in kinds:
         listener = socket.socket(family(address), socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if ":" in address:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if serving is relay:
+            transparent(listener)
         listener.bind((address, port))
         listener.listen(512)
-        threading.Thread(target=accept, args=(listener, name), daemon=True).start()
+        threading.Thread(target=accept, args=(listener, name, serving), daemon=True).start()
     for address, port, name in wish.get("udp", []):
         sock = socket.socket(family(address), socket.SOCK_DGRAM)
         sock.bind((address, port))
@@ -126,13 +161,31 @@ def hold(address, port):
                 print(type(error).__name__, flush=True)
 
 
+def keep_net_raw():
+    """The change of user shall not take the permitted capabilities (prctl(2), PR_SET_KEEPCAPS)."""
+    ctypes.CDLL(None).prctl(8, 1, 0, 0, 0)
+
+
+def only_net_raw():
+    """As the unit of Envoy has it: CAP_NET_RAW and nothing else (capset(2), version 3)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    net_raw = 1 << 13
+    data = (ctypes.c_uint32 * 6)(net_raw, net_raw, 0, 0, 0, 0)
+    if ctypes.CDLL(None).capset(header, data) != 0:
+        raise OSError("capset")
+
+
 if sys.argv[1] == "serve" and (comm := json.loads(sys.argv[3]).get("comm")):
     # Before the change of user, which makes /proc/self root's.
     with open("/proc/self/comm", "w", encoding="ascii") as own_name:
         own_name.write(comm)
+if sys.argv[1] == "serve" and json.loads(sys.argv[3]).get("relay"):
+    keep_net_raw()
 os.setgid(int(sys.argv[2]))
 os.setgroups([])
 os.setuid(int(sys.argv[2]))
+if sys.argv[1] == "serve" and json.loads(sys.argv[3]).get("relay"):
+    only_net_raw()
 if sys.argv[1] == "serve":
     serve(json.loads(sys.argv[3]))
 else:

@@ -91,5 +91,6 @@ if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
   [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv4.rules" || failed=1
   [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv6.rules" || failed=1
   [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
+  [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1
 fi
 exit $failed

@@ -84,6 +84,10 @@ function describeMatch(match: Match): string {
       return "accepted";
     case "leased":
       return match.lease === "envoy" ? "while Envoy answers" : "while the agent answers";
+    case "marked":
+      return match.on === "packet" ? "with Istio's mark" : "of a connection with Istio's mark";
+    case "handedOver":
+      return "handed to Envoy";
   }
 }
 
@@ -99,6 +103,12 @@ function describeVerdict(verdict: Rule["verdict"] | FenceRule["verdict"]): strin
       return verdict.chain;
     case "redirect":
       return `port ${verdict.port}`;
+    case "tproxy":
+      return `port ${verdict.port}, addresses as they are`;
+    case "saveMark":
+      return "the connection is marked";
+    case "restoreMark":
+      return "marked as its connection is";
     case "zone":
       return `conntrack zone ${verdict.zone}`;
     case "refresh":

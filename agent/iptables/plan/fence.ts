@@ -3,6 +3,7 @@ import { type Family, type FenceRule, hostCidr, type Match, OPENING, REDIRECTED_
 import { exemptions, neverCaptured } from "./exemptions.ts";
 import { type Inbound, inboundFailures, outboundFailures, outboundMatches, portMatches } from "./failure.ts";
 import { LO_OUT, of, owner, portGroups, RETURN, to, unique } from "./terms.ts";
+import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
 
 const RESET = { do: "reset" } as const;
@@ -85,6 +86,16 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
   return [
     ...outbound,
     ...listeners,
+    ...(tproxies(wish)
+      ? [
+          {
+            chain: "input",
+            when: [outside, TCP, { is: "handedOver" }],
+            verdict: RETURN,
+            why: "captured: handed to Envoy with its addresses as they are",
+          } satisfies FenceRule,
+        ]
+      : []),
     ...(wish.inbound.kind === "all" ? notJudged(wish.inbound.excludePorts, wish) : []),
     ...inboundFailures(wish).flatMap((cell) =>
       portMatches(cell).map(

@@ -1,4 +1,4 @@
-import { CHAIN, type Match, type Rule, TCP } from "../rules.ts";
+import { CHAIN, type Match, type Rule, type Table, TCP } from "../rules.ts";
 import { neverCaptured } from "./exemptions.ts";
 import { inboundFailures, portMatches } from "./failure.ts";
 import { jump, portGroups, RETURN, unique } from "./terms.ts";
@@ -12,9 +12,10 @@ export function inboundMatches(wish: CaptureWish): Match[][] {
   return portGroups(ports).map((group) => [{ is: "toPorts", ports: group }]);
 }
 
-export function inboundRules(wish: CaptureWish): Rule[] {
+/** Which inbound connections go to chain `target`, and which are left alone; the same for REDIRECT (nat) and TPROXY (mangle). */
+export function inboundRules(wish: CaptureWish, table: Table, target: string): Rule[] {
   const rule = (when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "nat",
+    table,
     chain: CHAIN.inbound,
     when,
     verdict,
@@ -37,7 +38,7 @@ export function inboundRules(wish: CaptureWish): Rule[] {
           return [
             rule(
               [TCP, ...when],
-              jump(CHAIN.inRedirect),
+              jump(target),
               cell.ports === undefined
                 ? "every other port: only through Envoy's inbound listener"
                 : "a declared port: only through Envoy's inbound listener",
@@ -47,7 +48,7 @@ export function inboundRules(wish: CaptureWish): Rule[] {
         return [
           rule(
             [TCP, ...when, { is: "leased", lease: "envoy" }],
-            jump(CHAIN.inRedirect),
+            jump(target),
             cell.ports === undefined
               ? "every other port through Envoy, direct while it does not answer"
               : "a port declared open: through Envoy, direct while it does not answer",

@@ -17,6 +17,7 @@ import { exemptions } from "./exemptions.ts";
 import { type Outbound, outboundFailures, outboundMatches } from "./failure.ts";
 import { inboundMatches, inboundRules } from "./inbound.ts";
 import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
+import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** Table nat: the redirects and what is left out of them. */
@@ -40,6 +41,13 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
       "a call of this machine to its own service arrives through the inbound listener",
     ),
   );
+  const byTproxy = tproxies(wish);
+  const inTheClientsName = rule(
+    CHAIN.output,
+    [LO_OUT, TCP, owner(envoyUid), { is: "marked", on: "packet" }],
+    RETURN,
+    "Envoy's inbound side reaches the application in the client's name, with this mark",
+  );
   const hook = (table: Table, chain: string, when: readonly Match[], target: string, why: string): Rule => ({
     table,
     chain,
@@ -60,7 +68,7 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
       { do: "redirect", port: PORTS.inbound },
       "to Envoy's inbound listener",
     ),
-    ...inboundRules(wish),
+    ...(byTproxy ? [] : inboundRules(wish, "nat", CHAIN.inRedirect)),
     rule(
       CHAIN.output,
       [owner(agentUid)],
@@ -89,6 +97,7 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
         "Envoy reaches services of the mesh directly, also where their address is local",
       ),
     ),
+    ...(byTproxy ? [inTheClientsName] : []),
     ...selfCall,
     rule(CHAIN.output, [owner(envoyUid)], RETURN, "what Envoy sends must not come back to Envoy"),
     ...servers.flatMap((server) => [
@@ -122,7 +131,7 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
     ...cells.filter((cell) => cell.mesh).flatMap(outboundRedirect),
     rule(CHAIN.output, [LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
     ...cells.filter((cell) => !cell.mesh).flatMap(outboundRedirect),
-    ...(inboundMatches(wish).length > 0
+    ...(!byTproxy && inboundMatches(wish).length > 0
       ? [
           hook(
             "nat",

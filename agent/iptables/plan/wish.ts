@@ -10,6 +10,8 @@ export interface CaptureWish {
   readonly inbound:
     | { readonly kind: "ports"; readonly ports: readonly number[] }
     | { readonly kind: "all"; readonly excludePorts: readonly number[] };
+  /** How inbound connections reach Envoy; absent: REDIRECT. */
+  readonly interception?: Interception;
   /** Added to the ports on which sshd is seen to listen. */
   readonly sshPorts: readonly number[];
   readonly outbound: {
@@ -30,6 +32,18 @@ export interface CaptureWish {
   /** What differs from: declared inbound ports and the mesh closed, the rest open. */
   readonly failurePolicy?: readonly PolicyRule[];
 }
+
+/**
+ * `REDIRECT` changes the address that the connection goes to, `TPROXY` leaves both addresses as they are: the application
+ * sees the client's, and the machine's own firewall judges the port that was dialled.
+ */
+export type Interception =
+  | { readonly mode: "REDIRECT" }
+  /** `routeTable`: where the answers to the client's address are turned back to Envoy. */
+  | { readonly mode: "TPROXY"; readonly routeTable: number };
+
+/** The table that Istio's start script uses, too (ISTIO_INBOUND_TPROXY_ROUTE_TABLE). */
+export const DEFAULT_ROUTE_TABLE = 133;
 
 /** Which iptables program writes into which tables of the kernel. */
 export type Backend = "nft" | "legacy";
@@ -68,6 +82,13 @@ export function check(wish: CaptureWish): void {
   ];
   for (const port of ports) {
     if (!Number.isInteger(port) || port < 1 || port > 65535) wrong(`${port} is not a port`);
+  }
+  if (wish.interception?.mode === "TPROXY") {
+    const { routeTable } = wish.interception;
+    // 0 is no table; 253 to 255 are the kernel's own (rtnetlink(7)).
+    if (!Number.isInteger(routeTable) || routeTable < 1 || routeTable > 252) {
+      wrong(`${routeTable} is not a routing table of one's own: it must be between 1 and 252`);
+    }
   }
   const cidrs = [
     ...wish.outbound.cidrs.filter((cidr) => cidr !== "*"),

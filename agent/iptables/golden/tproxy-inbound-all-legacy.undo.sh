@@ -1,0 +1,108 @@
+#!/bin/sh
+# vmmesh: takes the rules of this generation out again. Needs no Node.
+here=$(cd "$(dirname "$0")" && pwd -P)
+rules=$(dirname "$here")
+mode="$1"
+if [ "$mode" = after ]; then
+  exec </dev/null >>"$here/undo.log" 2>&1
+  sleep "$2"
+fi
+if [ "$mode" != now ]; then
+  [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0
+  mv -fT "$rules/trial" "$rules/undone" || exit 0
+fi
+failed=0
+[ ! -e "$here/made.address" ] || ip -6 addr del ::6/128 dev lo || true
+while ip -4 rule del priority 133 fwmark 0x539/0xfff lookup 133 protocol 133 2>/dev/null; do :; done
+ip -4 route del local default dev lo table 133 proto 133 2>/dev/null || true
+while ip -6 rule del priority 133 fwmark 0x539/0xfff lookup 133 protocol 133 2>/dev/null; do :; done
+ip -6 route del local default dev lo table 133 proto 133 2>/dev/null || true
+text=$(
+  echo '*nat'
+  echo ':ISTIO_REDIRECT - [0:0]'
+  echo ':ISTIO_IN_REDIRECT - [0:0]'
+  echo ':ISTIO_OUTPUT - [0:0]'
+  echo ':ISTIO_OUTPUT_DNS - [0:0]'
+  iptables-legacy -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  iptables-legacy -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  echo '-X ISTIO_REDIRECT'
+  echo '-X ISTIO_IN_REDIRECT'
+  echo '-X ISTIO_OUTPUT'
+  echo '-X ISTIO_OUTPUT_DNS'
+  echo COMMIT
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
+  echo '*mangle'
+  echo ':VMMESH_LEASE - [0:0]'
+  echo ':ISTIO_TPROXY - [0:0]'
+  echo ':ISTIO_INBOUND - [0:0]'
+  echo ':ISTIO_OUTPUT - [0:0]'
+  iptables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\|ISTIO_TPROXY\|ISTIO_INBOUND\|ISTIO_OUTPUT\)\)$/-D \1/p'
+  iptables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\|ISTIO_TPROXY\|ISTIO_INBOUND\|ISTIO_OUTPUT\)\)$/-D \1/p'
+  echo '-X VMMESH_LEASE'
+  echo '-X ISTIO_TPROXY'
+  echo '-X ISTIO_INBOUND'
+  echo '-X ISTIO_OUTPUT'
+  echo COMMIT
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
+  echo '*raw'
+  echo ':ISTIO_OUTPUT_DNS - [0:0]'
+  echo ':ISTIO_INBOUND - [0:0]'
+  iptables-legacy -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  iptables-legacy -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  echo '-X ISTIO_OUTPUT_DNS'
+  echo '-X ISTIO_INBOUND'
+  echo COMMIT
+)
+printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+text=$(
+  echo '*nat'
+  echo ':ISTIO_REDIRECT - [0:0]'
+  echo ':ISTIO_IN_REDIRECT - [0:0]'
+  echo ':ISTIO_OUTPUT - [0:0]'
+  echo ':ISTIO_OUTPUT_DNS - [0:0]'
+  ip6tables-legacy -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  ip6tables-legacy -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  echo '-X ISTIO_REDIRECT'
+  echo '-X ISTIO_IN_REDIRECT'
+  echo '-X ISTIO_OUTPUT'
+  echo '-X ISTIO_OUTPUT_DNS'
+  echo COMMIT
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+text=$(
+  echo '*mangle'
+  echo ':VMMESH_LEASE - [0:0]'
+  echo ':ISTIO_TPROXY - [0:0]'
+  echo ':ISTIO_INBOUND - [0:0]'
+  echo ':ISTIO_OUTPUT - [0:0]'
+  ip6tables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\|ISTIO_TPROXY\|ISTIO_INBOUND\|ISTIO_OUTPUT\)\)$/-D \1/p'
+  ip6tables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\|ISTIO_TPROXY\|ISTIO_INBOUND\|ISTIO_OUTPUT\)\)$/-D \1/p'
+  echo '-X VMMESH_LEASE'
+  echo '-X ISTIO_TPROXY'
+  echo '-X ISTIO_INBOUND'
+  echo '-X ISTIO_OUTPUT'
+  echo COMMIT
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+text=$(
+  echo '*raw'
+  echo ':ISTIO_OUTPUT_DNS - [0:0]'
+  echo ':ISTIO_INBOUND - [0:0]'
+  ip6tables-legacy -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  ip6tables-legacy -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  echo '-X ISTIO_OUTPUT_DNS'
+  echo '-X ISTIO_INBOUND'
+  echo COMMIT
+)
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
+  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv4.rules" || failed=1
+  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
+  [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1
+fi
+exit $failed
