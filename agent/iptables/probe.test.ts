@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 import type { CommandResult } from "../platform/host.ts";
 import { linuxHost } from "../platform/linux.ts";
-import { auditExitCode } from "./audit.ts";
+import { auditExitCode } from "./audit/finding.ts";
 import { judgeProbe, probeCapture } from "./probe.ts";
 
 const LISTENING = `  sl  local_address rem_address   st tx_queue

@@ -2,7 +2,7 @@ import { VmmeshError } from "../core/errors.ts";
 import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
 import { readState } from "./apply.ts";
-import type { Finding } from "./audit.ts";
+import type { Finding } from "./audit/finding.ts";
 import { type Family, hostCidr } from "./rules.ts";
 
 /**

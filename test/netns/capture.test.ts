@@ -1,7 +1,8 @@
 import { spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
-import { auditCapture, auditExitCode } from "../../agent/iptables/audit.ts";
+import { auditCapture } from "../../agent/iptables/audit/audit.ts";
+import { auditExitCode } from "../../agent/iptables/audit/finding.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 

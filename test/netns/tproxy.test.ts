@@ -1,6 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
-import { auditCapture } from "../../agent/iptables/audit.ts";
+import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
 import { Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 

@@ -1,11 +1,14 @@
 import { describe, expect, test } from "vitest";
-import { auditExitCode, type Evidence, inputVerdict, judge } from "./audit.ts";
-import { type ParsedRule, parseListeners, parseRule, parseRules } from "./parse.ts";
-import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
-import { planCapture } from "./plan.ts";
-import type { BackendEvidence, SeenTable } from "./read.ts";
-import { renderRule, tableRules } from "./render.ts";
-import { isHook } from "./rules.ts";
+import { type ParsedRule, parseListeners, parseRule, parseRules } from "../parse.ts";
+import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
+import { planCapture } from "../plan.ts";
+import type { BackendEvidence, SeenTable } from "../read.ts";
+import { renderRule, tableRules } from "../render.ts";
+import { isHook } from "../rules.ts";
+import { judge } from "./audit.ts";
+import type { Evidence } from "./evidence.ts";
+import { auditExitCode } from "./finding.ts";
+import { inputVerdict } from "./input.ts";
 
 const MACHINE: MachineFacts = {
   backend: "nft",

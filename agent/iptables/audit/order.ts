@@ -1,0 +1,94 @@
+import type { GenerationFile } from "../apply.ts";
+import type { CapturePlan } from "../plan.ts";
+import type { Evidence } from "./evidence.ts";
+import { type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
+import { guardInForce } from "./inForce.ts";
+
+/** The ISTIO_* chains against the record of what was applied. */
+export function orderFindings(
+  evidence: Evidence,
+  plan: CapturePlan,
+  printed: GenerationFile["printed"],
+): Finding[] {
+  const nat = evidence.tables.filter(({ table }) => table === "nat");
+  const lost = nat.flatMap((seen) => seen.missing.map((hook) => `${place(seen)}: no jump in ${hook}`));
+  const ahead = nat.flatMap((seen) =>
+    seen.ahead.map(
+      (it) =>
+        `${place(seen)}, position ${it.position}: ${it.line}${it.by === undefined ? "" : ` (${it.by})`}`,
+    ),
+  );
+  const benign = nat.flatMap((seen) => seen.benign.map((line) => `${place(seen)}: ${line}`));
+  const twice = evidence.tables.flatMap((seen) => {
+    const lines = seen.jumps.map(({ line }) => line);
+    const hooks = lines.map((line) => line.split(" ")[1]);
+    return new Set(hooks).size < hooks.length ? lines.map((line) => `${place(seen)}: ${line}`) : [];
+  });
+  const drift = evidence.tables.flatMap((seen) => {
+    const wanted = printed.find((it) => it.family === seen.family && it.table === seen.table)?.own ?? [];
+    return [
+      ...wanted.filter((line) => !seen.own.includes(line)).map((line) => `${place(seen)} lacks: ${line}`),
+      ...seen.own
+        .filter((line) => isOurs(line) && !wanted.includes(line))
+        .map((line) => `${place(seen)} has: ${line}`),
+      ...(wanted.length === seen.own.length &&
+      wanted.every((line) => seen.own.includes(line)) &&
+      wanted.some((line, index) => line !== seen.own[index])
+        ? [`${place(seen)}: the order is different`]
+        : []),
+    ];
+  });
+  const untracked = evidence.tables
+    .filter(({ table }) => table === "raw")
+    .flatMap((seen) => seen.untracking.map((line) => `${place(seen)}: ${line}`));
+  return [
+    ...when(lost, (lines) =>
+      finding("FW001", "critical", "the jump to our chains is missing", lines, "Put it back.", REPAIR),
+    ),
+    ...when(ahead, (lines) =>
+      finding(
+        "FW002",
+        "critical",
+        "a rule ahead of ours takes captured traffic away",
+        lines,
+        "Move ours ahead again; the guard captures meanwhile.",
+        REPAIR,
+      ),
+    ),
+    ...when(benign, (lines) =>
+      finding("FW003", "info", "rules ahead of ours that divert nothing", lines, "Nothing to do."),
+    ),
+    ...when(twice, (lines) =>
+      finding(
+        "FW004",
+        "medium",
+        "a jump to our chains is there more than once",
+        lines,
+        "Write the table again.",
+        REPAIR,
+      ),
+    ),
+    ...when(drift, (lines) =>
+      finding(
+        "FW005",
+        "high",
+        "our chains are not what was applied",
+        lines,
+        "Write the table again.",
+        REPAIR,
+      ),
+    ),
+    ...(guardInForce(evidence, plan)
+      ? []
+      : when(untracked, (lines) =>
+          finding(
+            "FW017",
+            "high",
+            "questions for names are untracked before they can be redirected",
+            lines,
+            "Move our jump in raw to the front.",
+            REPAIR,
+          ),
+        )),
+  ];
+}
