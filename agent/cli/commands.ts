@@ -206,7 +206,12 @@ export const COMMANDS: readonly CommandSpec[] = [
         default: 60,
         describe: "give up when Envoy is not ready in this time",
       },
-      { name: "dry-run", type: "boolean", describe: "print the steps and change nothing" },
+      {
+        name: "dry-run",
+        type: "boolean",
+        describe:
+          "print the steps and which live connections would change or break, with the option that leaves each out; change nothing",
+      },
       OUTPUT,
     ],
     examples: [
@@ -271,7 +276,8 @@ export const COMMANDS: readonly CommandSpec[] = [
   },
   {
     words: "iptables plan",
-    summary: "what would be captured, in words; changes nothing",
+    summary:
+      "what would be captured, and which live connections that changes or breaks, in words; changes nothing",
     options: [
       { name: "rules", type: "boolean", describe: "print the rules themselves" },
       {

@@ -8,6 +8,7 @@ import { removeCapture } from "../iptables/apply.ts";
 import { auditCapture } from "../iptables/audit/audit.ts";
 import { auditExitCode, type Finding } from "../iptables/audit/finding.ts";
 import { describePlan } from "../iptables/plan/describe.ts";
+import { describePreview, preview, readLive } from "../iptables/preview.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { hasSystemd, systemdServices, UNITS } from "../platform/services.ts";
 import { readOwners } from "../platform/users.ts";
@@ -33,14 +34,15 @@ export async function plan(options: Options): Promise<number> {
   const workload = await readWorkload(host, paths);
   const planned = await planFor(host, workload, await readOwners(host, paths.root === "/"));
   const rendered = renderPlan(planned, { comments: true });
-  if (wantsJson(options)) print({ plan: planned });
+  const live = preview(planned, await readLive(host));
+  if (wantsJson(options)) print({ plan: planned, live });
   else if (flag(options, "rules"))
     print(
       [rendered.ipv4, rendered.ipv6, rendered.guard, rendered.fence]
         .filter((part) => part !== undefined)
         .join("\n"),
     );
-  else print(describePlan(planned));
+  else print(`${describePlan(planned)}\n${describePreview(live)}`);
   return 0;
 }
 

@@ -1,7 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
-import { policyScope } from "../daemon/capture.ts";
+import { planFor, policyScope } from "../daemon/capture.ts";
 import { execute } from "../daemon/execute.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { type Journal, readJournal } from "../daemon/journal.ts";
@@ -10,11 +10,14 @@ import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
 import { checkFailurePolicy } from "../iptables/plan/failure.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
+import { describePreview, type Preview, preview, readLive } from "../iptables/preview.ts";
 import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
 import { parseEnv, renderEnv, sieveMeshEnv } from "../mesh/env.ts";
 import { renderSidecarEnv } from "../mesh/sidecar.ts";
 import type { Bundle, Workload } from "../mesh/types.ts";
 import { workloadOf } from "../mesh/workload.ts";
+import type { Host } from "../platform/host.ts";
+import type { Owners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
 import {
   type Context,
@@ -61,10 +64,14 @@ export async function join(options: Options): Promise<number> {
   });
   tellFacts(workload, `${envoy.path} (${envoy.version.text})`, bundle);
   if (rehearse) {
+    const live = await liveEffects(host, workload, owners);
     print(
       wantsJson(options)
-        ? { steps: steps.map(withoutContent) }
-        : steps.map((step) => `would ${describeStep(step)}`).join("\n"),
+        ? { steps: steps.map(withoutContent), ...(live === undefined ? {} : { live }) }
+        : [
+            ...steps.map((step) => `would ${describeStep(step)}`),
+            ...(live === undefined ? [] : ["", describePreview(live)]),
+          ].join("\n"),
     );
     return 0;
   }
@@ -231,6 +238,17 @@ function render(
       { path: paths.rootCert, content: bundle.rootCert },
     ],
   };
+}
+
+/** What the rules would do to what runs here; undefined if that cannot be read. */
+async function liveEffects(host: Host, workload: Workload, owners: Owners): Promise<Preview | undefined> {
+  try {
+    return preview(await planFor(host, workload, owners), await readLive(host));
+  } catch (thrown) {
+    if (!(thrown instanceof VmmeshError) || thrown.code !== "RULES_PRIVILEGE") throw thrown;
+    say("note: as root, --dry-run also says which connections of this machine would change or break");
+    return undefined;
+  }
 }
 
 function tellFacts(workload: Workload, envoy: string, bundle: Bundle): void {

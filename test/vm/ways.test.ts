@@ -39,8 +39,17 @@ afterAll(async () => {
 });
 
 describe("other ways into the mesh", () => {
-  test("a dry run says every step, makes nothing in the cluster and nothing on the machine", async () => {
+  test("a dry run says every step, what would change for whom, makes nothing in the cluster and nothing on the machine", async () => {
+    await admin.exec(
+      `systemd-run -q --unit=holder bash -c 'exec 3<>/dev/tcp/${lab.address}/6443; exec sleep 60'`,
+    );
+    await waitFor("a connection that lives", async () =>
+      (await admin.exec("ss -tnH state established '( dport = :6443 )'")).stdout === "" ? undefined : true,
+    );
     const { stdout, stderr } = await admin.exec("vmmesh join --namespace default --dry-run");
+    await admin.exec("systemctl stop holder");
+    expect(stdout).toMatch(new RegExp(`changes ${lab.address}:6443, called by \\w+ \\(uid 0\\)`));
+    expect(stdout).toContain(`to leave it out: --exclude-outbound-cidr ${lab.address}/32`);
     expect(stderr).toContain("would be made: WorkloadGroup default/solo");
     expect(stdout).toContain("would write /etc/vmmesh/cluster.env");
     expect((await lab.kubectl(["get", "workloadgroups", "-n", "default", "-o", "name"])).stdout).toBe("");
