@@ -88,7 +88,9 @@ export async function clean(options: Options): Promise<number> {
   await using _lock = await takeLock(context);
   const { host } = context;
   const report = await removeCapture(host, context.paths.rules, async () => {
-    if (await hasSystemd(host)) await systemdServices(host).stop(UNITS.repairRun);
+    if (!(await hasSystemd(host))) return;
+    await systemdServices(host).stop(UNITS.repairRun);
+    await systemdServices(host).stop(UNITS.hold);
   });
   await writeCaptureState(context.host, context.paths, { inForce: false });
   if (wantsJson(options)) print(report);

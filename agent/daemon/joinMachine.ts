@@ -103,7 +103,10 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
-      const report = await removeCapture(host, paths.rules, () => services.stop(UNITS.repairRun));
+      const report = await removeCapture(host, paths.rules, async () => {
+        await services.stop(UNITS.repairRun);
+        await services.stop(UNITS.hold);
+      });
       await host.files.remove(paths.captureState);
       if (report.residue.length > 0) {
         throw new VmmeshError("RULES_REJECTED", `rules of ours are still there: ${report.residue[0]}`, {

@@ -59,6 +59,7 @@ export interface PrintedTable {
 }
 
 const ROLLBACK_UNIT = "vmmesh-rollback";
+const HOLD_UNIT = "vmmesh-hold.service";
 const PRIVATE = { mode: 0o600 } as const;
 /** Another program may change the rules between our look and our restore; then the kernel refuses our `-D` and we look again. */
 const ATTEMPTS = 3;
@@ -231,6 +232,7 @@ async function writeGeneration(
     // One file, so that `nft -f` at boot loads guard and fence as one transaction.
     ["boot.nft", nftText(rendered)],
     ["routing.sh", rendered.routing],
+    ["held.nft", rendered.held],
     ["undo.sh", rendered.undo],
   ];
   for (const [name, text] of texts) {
@@ -394,6 +396,8 @@ async function confirm(
     });
   }
   await stopTimer(host, unit);
+  // What it holds is of the former generation. It does not wait for the target, which a first join starts later.
+  if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "restart", HOLD_UNIT] });
   if (former !== undefined && former !== generation) {
     await carryMarks(host.files, `${rulesDir}/${former}`, `${rulesDir}/${generation}`);
     await host.files.remove(`${rulesDir}/${former}`);
@@ -592,7 +596,7 @@ export interface RemoveReport {
 /**
  * Takes out what was applied, by the record in `rulesDir`, and then the record. Other programs' rules are not touched.
  *
- * @param endRepairs ends a repair that is under way; it would put back what is being taken out
+ * @param endRepairs ends a repair that is under way, and who holds the second fence: both would keep what is being taken out
  * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE; the record stays, so that the command can be given again
  */
 export async function removeCapture(

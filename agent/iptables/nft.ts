@@ -13,6 +13,7 @@ import {
 } from "./rules.ts";
 
 export const FENCE_TABLE = "inet vmmesh-fence";
+export const HELD_TABLE = "inet vmmesh-hold";
 export const GUARD_PRIORITY = -120;
 
 /** One table a family, so that each has its own leases and the rules need no family match. */
@@ -112,6 +113,34 @@ export function renderFence(rules: readonly FenceRule[]): string {
     ...chain("output"),
     ...chain("input"),
     "}",
+    "",
+  ].join("\n");
+}
+
+/**
+ * The fence a second time, for the one process that holds it (vmmesh-hold.service): nobody else can flush or delete a table
+ * with `flags owner`, so it stands while `nft flush ruleset` has taken the fence and repair has not brought it back. It only
+ * refuses. Its nat chain is empty: with the last nat chain the kernel would forget to translate connections that are open,
+ * and what an application writes into one would leave for the address that it dialled. One command a line, as nft reads
+ * its standard input.
+ */
+export function renderHeld(rules: readonly FenceRule[]): string {
+  const hooks = (["output", "input"] as const).filter((hook) => rules.some(({ chain }) => chain === hook));
+  const opening = expression({ is: "opening" }, true).replace(" == ", " != ");
+  return [
+    `add table ${HELD_TABLE} { flags owner; }`,
+    `add chain ${HELD_TABLE} translation { type nat hook output priority 10; policy accept; }`,
+    ...hooks.flatMap((hook) => [
+      `add counter ${HELD_TABLE} refused_${hook}`,
+      `add chain ${HELD_TABLE} ${hook} { type filter hook ${hook} priority 11; policy accept; }`,
+      `add rule ${HELD_TABLE} ${hook} meta l4proto != tcp return`,
+      `add rule ${HELD_TABLE} ${hook} ${opening} return`,
+    ]),
+    ...rules.flatMap((rule) =>
+      fenceRule(rule.verdict.do === "count" ? { ...rule, verdict: { do: "return" } } : rule).map(
+        (line) => `add rule ${HELD_TABLE} ${rule.chain} ${line}`,
+      ),
+    ),
     "",
   ].join("\n");
 }

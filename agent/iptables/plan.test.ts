@@ -92,6 +92,7 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
       "guard.nft": rendered.guard,
       "fence.nft": rendered.fence,
       "routing.sh": rendered.routing,
+      "held.nft": rendered.held,
       "undo.sh": rendered.undo,
     };
     for (const [part, text] of Object.entries(parts)) {

@@ -1,4 +1,4 @@
-import { renderFence, renderGuard } from "./nft.ts";
+import { renderFence, renderGuard, renderHeld } from "./nft.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
 import { renderRouting } from "./routing.ts";
 import {
@@ -26,6 +26,8 @@ export interface RenderedPlan {
   readonly fence: string | undefined;
   /** A shell script that lays the way back of TPROXY. */
   readonly routing: string | undefined;
+  /** For the process that holds a second fence. */
+  readonly held: string | undefined;
   /** A shell script that takes all of it out again, whatever is left of it, and needs no Node. */
   readonly undo: string;
 }
@@ -51,6 +53,7 @@ export function renderPlan(plan: CapturePlan, options: { comments: boolean }): R
     guard: plan.guard ? plan.families.map((family) => renderGuard(family)).join("") : undefined,
     fence: plan.fence.length > 0 ? renderFence(plan.fence) : undefined,
     routing: renderRouting(plan),
+    held: plan.fence.length > 0 ? renderHeld(plan.fence) : undefined,
     undo: renderUndoScript(plan),
   };
 }

@@ -10,6 +10,7 @@ export const UNITS = {
   repair: "vmmesh-rules.path",
   repairRun: "vmmesh-rules.service",
   fence: "vmmesh-fence.service",
+  hold: "vmmesh-hold.service",
   target: "vmmesh.target",
 } as const;
 
