@@ -185,6 +185,36 @@ async function debian(release: string): Promise<void> {
   });
 }
 
+/**
+ * Path of what these packages add to the tree of a release: an upper layer of its own, made once. Nothing of them starts by
+ * itself in a machine.
+ */
+export async function packageLayer(release: string, packages: readonly string[]): Promise<string> {
+  const layer = `${await machineTree(release)}+${[...packages].sort().join("+")}`;
+  const script = `
+mount -t overlay overlay -o lowerdir=$TREE,upperdir=$TO/upper,workdir=$TO/work $TO/root
+mount -t proc proc $TO/root/proc
+cp -L /etc/resolv.conf $TO/root/etc/resolv.conf
+printf '#!/bin/sh\nexit 101\n' > $TO/root/usr/sbin/policy-rc.d
+chmod 755 $TO/root/usr/sbin/policy-rc.d
+chroot $TO/root apt-get update -qq
+DEBIAN_FRONTEND=noninteractive chroot $TO/root apt-get install -y -qq --no-install-recommends "$@"
+chroot $TO/root apt-get clean
+rm -rf $TO/root/usr/sbin/policy-rc.d $TO/root/etc/resolv.conf $TO/root/var/lib/apt/lists/*
+umount $TO/root/proc $TO/root
+find $TO/upper/etc/systemd/system -type l -delete`;
+  const make = () =>
+    part(layer, `${packages.join(", ")} for the machines`, async (to) => {
+      for (const folder of ["upper", "work", "root"]) mkdirSync(`${to}/${folder}`, { recursive: true });
+      await sh([...CONFINED, "sh", "-ec", script, "sh", ...packages], {
+        env: { TREE: treeOf(release), TO: to },
+      });
+      rmSync(`${to}/work`, { recursive: true, force: true });
+    });
+  if (!existsSync(layer)) await exclusively("build", make);
+  return `${layer}/upper`;
+}
+
 /** Path of a stock Envoy of this version, fetched if it is missing. */
 export async function envoy(version: string): Promise<string> {
   const { stdout } = await sh([new URL("../../scripts/fetch-envoy", import.meta.url).pathname, version]);

@@ -8,7 +8,7 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
-import { envoy, machineTree } from "./build.ts";
+import { envoy, machineTree, packageLayer } from "./build.ts";
 import { netnsOf } from "./controlplane.ts";
 import { exclusively } from "./lock.ts";
 import { ADDRESS, ENVOY, ISTIO_BIN, KUBE_BIN, RELEASE } from "./parts.ts";
@@ -31,6 +31,8 @@ export interface MachineOptions {
   readonly envoy?: string;
   /** Debian's release; "bookworm" if none is named. A tree that is missing is made first, in a minute. */
   readonly release?: string;
+  /** Debian packages to have beside; none of their services starts by itself. */
+  readonly packages?: readonly string[];
 }
 
 /** A real systemd machine: an overlay over the Debian tree, PID 1 by systemd-nspawn, a leg in the lab's bridge. */
@@ -202,7 +204,10 @@ async function findOrBoot(id: string, name: string, options: MachineOptions): Pr
       machines: { ...state.machines, [name]: { number: freeNumber(state.machines), envoy: version } },
     }));
     machine = new Machine(id, name, machines[name]?.number ?? 0);
-    await prepareTree(machine, version, await machineTree(options.release ?? RELEASE));
+    const release = options.release ?? RELEASE;
+    const { packages = [] } = options;
+    const layers = packages.length > 0 ? [await packageLayer(release, packages)] : [];
+    await prepareTree(machine, version, [...layers, await machineTree(release)].join(":"));
     startSupervisor(machine);
     await machine.waitUntilUp();
     say(`machine ${name} is up at ${machine.ip}`);
