@@ -1,7 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
-import { planFor, policyScope } from "../daemon/capture.ts";
+import { planFor, policyScope, sendersOf } from "../daemon/capture.ts";
 import { execute } from "../daemon/execute.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { type Journal, readJournal } from "../daemon/journal.ts";
@@ -9,6 +9,7 @@ import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
 import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
 import { checkFailurePolicy } from "../iptables/plan/failure.ts";
+import { checkScope } from "../iptables/plan/senders.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
 import { describePreview, type Preview, preview, readLive } from "../iptables/preview.ts";
 import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
@@ -51,7 +52,7 @@ export async function join(options: Options): Promise<number> {
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   if (services.kind === "systemd") checkVisible(envoy.path);
   const bundle = await bundleOf(context, options, rehearse);
-  const { files, workload } = render(context, options, bundle, envoy.path);
+  const { files, workload } = await render(context, options, bundle, envoy.path);
   const spiffe = spiffeOf(workload);
   const steps = planJoin({
     paths,
@@ -131,16 +132,25 @@ function checkOptions(options: Options): void {
       next: "Give an address of this machine: `ip address`.",
     });
   }
-  for (const name of ["exclude-outbound-cidr", "mesh-cidr"]) {
-    const bad = list(options, name).find((item) => parseCidr(item) === undefined);
+  for (const name of ["include-outbound-cidr", "exclude-outbound-cidr", "mesh-cidr"]) {
+    const all = name === "include-outbound-cidr" && list(options, name).join() === "*";
+    const bad = all ? undefined : list(options, name).find((item) => parseCidr(item) === undefined);
     if (bad !== undefined)
       throw new VmmeshError("USAGE", `--${name}: \`${bad}\` is not a CIDR`, {
         next: "Write it like 10.1.0.0/16.",
       });
   }
   list(options, "failure-policy").forEach(parsePolicyRule);
-  ports(options, "exclude-outbound-port");
-  ports(options, "exclude-inbound-port");
+  for (const name of ["include-outbound-port", "exclude-outbound-port", "exclude-inbound-port"])
+    ports(options, name);
+  if (list(options, "include-inbound-port").join() !== "*") {
+    const excluded = ports(options, "exclude-inbound-port");
+    const both = ports(options, "include-inbound-port").find((port) => excluded.includes(port));
+    if (both !== undefined)
+      throw new VmmeshError("USAGE", `inbound port ${both} is both included and excluded`, {
+        next: "Leave one of the two out.",
+      });
+  }
   for (const name of ["confirm-within", "ready-within"]) {
     if (number(options, name) < 5)
       throw new VmmeshError("USAGE", `--${name}: at least 5 seconds are needed`, {
@@ -194,12 +204,12 @@ async function bundleOf(context: Context, options: Options, rehearse: boolean): 
 }
 
 /** The files of this machine, and the workload that they make together. */
-function render(
+async function render(
   { host, paths }: Context,
   options: Options,
   bundle: Bundle,
   envoyPath: string,
-): { files: { path: string; content: string }[]; workload: Workload } {
+): Promise<{ files: { path: string; content: string }[]; workload: Workload }> {
   const { kept, refused } = sieveMeshEnv(bundle.clusterEnv);
   for (const key of refused) say(`warning: cluster.env: ${key} is not a key of the mesh and is left out`);
   const istiod = text(options, "istiod-address");
@@ -216,7 +226,14 @@ function render(
     istiodAddresses: addresses,
     meshCidrs,
     failurePolicy: list(options, "failure-policy"),
+    inboundPorts: list(options, "include-inbound-port"),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),
+    outboundCidrs: list(options, "include-outbound-cidr"),
+    outboundPorts: ports(options, "include-outbound-port"),
+    outboundUsers: list(options, "include-outbound-user"),
+    outboundExcludeUsers: list(options, "exclude-outbound-user"),
+    outboundGroups: list(options, "include-outbound-group"),
+    outboundExcludeGroups: list(options, "exclude-outbound-group"),
     outboundExcludeCidrs: list(options, "exclude-outbound-cidr"),
     outboundExcludePorts: ports(options, "exclude-outbound-port"),
     ...(ip === undefined ? {} : { ip }),
@@ -228,7 +245,9 @@ function render(
     machine: { hostname: host.net.hostname(), addresses: host.net.addresses() },
   });
   // Before anything is changed; sshd's ports are read when the rules are planned, and judged again.
-  checkFailurePolicy({ ...policyScope(workload, host.net), sshPorts: [] });
+  const scope = policyScope(workload, host.net);
+  checkScope({ ...scope, senders: await sendersOf(host, workload) });
+  checkFailurePolicy({ ...scope, sshPorts: [] });
   return {
     workload,
     files: [

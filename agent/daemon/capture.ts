@@ -1,12 +1,12 @@
 import { PROBE_ADDRESS } from "../core/paths.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
-import type { CaptureWish } from "../iptables/plan/wish.ts";
+import type { CaptureWish, Senders } from "../iptables/plan/wish.ts";
 import { type CapturePlan, planCapture } from "../iptables/plan.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
 import { readMachine } from "../iptables/read.ts";
-import type { Workload } from "../mesh/types.ts";
+import type { OwnerNames, Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";
-import type { Owners } from "../platform/users.ts";
+import { idOf, type Owners } from "../platform/users.ts";
 import { istiodTarget } from "./workloadFiles.ts";
 
 const RESOLV_CONF = "/etc/resolv.conf";
@@ -29,6 +29,7 @@ export function policyScope(
       cidrs: workload.outboundCidrs,
       excludeCidrs: workload.outboundExcludeCidrs,
       excludePorts: workload.outboundExcludePorts,
+      includePorts: workload.outboundPorts,
     },
     // With the probe's addresses, which are captured and fenced like a service's.
     meshCidrs: [...workload.meshCidrs, ...Object.values(PROBE_ADDRESS)],
@@ -37,12 +38,29 @@ export function policyScope(
   };
 }
 
+/**
+ * Whose connections are captured, as numbers.
+ *
+ * @throws {VmmeshError} USAGE for a user or group that does not exist
+ */
+export async function sendersOf(
+  host: Pick<Host, "run">,
+  { outboundOwners: { only, never } }: Pick<Workload, "outboundOwners">,
+): Promise<NonNullable<CaptureWish["senders"]>> {
+  const ids = async ({ users, groups }: OwnerNames): Promise<Senders> => ({
+    uids: await Promise.all(users.map((name) => idOf(host, "user", name))),
+    gids: await Promise.all(groups.map((name) => idOf(host, "group", name))),
+  });
+  return { only: await ids(only), never: await ids(never) };
+}
+
 /** What is to be captured on this machine for this workload. */
 export async function captureWish(host: Host, workload: Workload, owners: Owners): Promise<CaptureWish> {
   const target = await istiodTarget(host, workload, "");
   const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
   return {
     ...policyScope(workload, host.net),
+    senders: await sendersOf(host, workload),
     agentUid: owners.agent.uid,
     envoyUid: owners.envoy.uid,
     sshPorts: [],
@@ -68,9 +86,17 @@ export function captureWords(workload: Workload): { inbound: string; outbound: s
       inbound.kind === "all"
         ? `all ports but ${list(workload.inboundExcludePorts)}`
         : `ports ${list(inbound.ports)}`,
-    outbound:
+    outbound: [
       workload.outboundCidrs[0] === "*"
         ? `everything${workload.outboundExcludeCidrs.length > 0 ? ` but ${list(workload.outboundExcludeCidrs)}` : ""}`
-        : list(workload.outboundCidrs),
+        : list([...workload.outboundCidrs, ...workload.outboundPorts.map((port) => `port ${port}`)]),
+      ...ownerWords("only", workload.outboundOwners.only),
+      ...ownerWords("never", workload.outboundOwners.never),
+    ].join("; "),
   };
+}
+
+function ownerWords(which: string, { users, groups }: OwnerNames): string[] {
+  const names = [...users.map((name) => `user ${name}`), ...groups.map((name) => `group ${name}`)];
+  return names.length === 0 ? [] : [`${which} of ${names.join(", ")}`];
 }

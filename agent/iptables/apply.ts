@@ -650,6 +650,7 @@ const EVERYTHING: CaptureWish = {
   sshPorts: [],
   outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
   meshCidrs: ["192.0.2.0/24"],
+  senders: { only: { uids: [2], gids: [] }, never: { uids: [], gids: [] } },
   dns: { servers: ["192.0.2.1", "2001:db8::1"] },
   ipv6: true,
   istiod: [],

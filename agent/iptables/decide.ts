@@ -97,6 +97,8 @@ function fits(match: Match, opening: Opening): boolean {
     case "opening":
     case "leased":
       return true;
+    // /proc/net tells a socket's user, not its group.
+    case "ownerGroup":
     case "accepted":
     case "marked":
     case "handedOver":

@@ -201,6 +201,8 @@ function expression(match: Match, tracked: boolean): string {
       return `th dport { ${match.ports.join(", ")} }`;
     case "owner":
       return `meta skuid ${not(match)}${match.uid}`;
+    case "ownerGroup":
+      return `meta skgid ${match.gid}`;
     case "toThisMachine":
       return "fib daddr type local";
     case "family":

@@ -1,11 +1,12 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
+import { PROBE_ADDRESS } from "../core/paths.ts";
 import { describePlan } from "./plan/describe.ts";
 import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
 import { parsePolicyRule } from "./policy.ts";
 import { renderPlan } from "./render.ts";
-import { isHook, MAX_WHY } from "./rules.ts";
+import { isHook, MAX_WHY, type Match } from "./rules.ts";
 
 const MODERN: MachineFacts = {
   backend: "nft",
@@ -84,6 +85,16 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
       },
       machine: MODERN,
     },
+    {
+      name: "senders",
+      wish: {
+        ...JOIN,
+        ipv6: false,
+        outbound: { ...JOIN.outbound, cidrs: ["10.0.0.0/8"], includePorts: [443] },
+        senders: { only: { uids: [1000], gids: [2000] }, never: { uids: [0], gids: [3000] } },
+      },
+      machine: MODERN,
+    },
   ] as const)("$name", async ({ name, wish, machine }) => {
     const rendered = renderPlan(planCapture(wish, machine), { comments: true });
     const parts = {
@@ -146,10 +157,63 @@ describe("wishes that are refused", () => {
       name: "a routing table of the kernel's own",
       wish: { interception: { mode: "TPROXY", routeTable: 254 } },
     },
+    { name: "a port both ways", wish: { outbound: { ...JOIN.outbound, includePorts: [5432] } } },
+    { name: "a network both ways", wish: { outbound: { ...JOIN.outbound, cidrs: ["192.168.7.0/24"] } } },
+    {
+      name: "a user both ways",
+      wish: { senders: { only: { uids: [5], gids: [] }, never: { uids: [5], gids: [] } } },
+    },
+    {
+      name: "a group both ways",
+      wish: { senders: { only: { uids: [], gids: [5] }, never: { uids: [], gids: [5] } } },
+    },
     { name: "a rule smuggled into a network", wish: { keep: ["10.0.0.0/8 -j ACCEPT"] } },
   ] as const)("$name", ({ wish }) => {
     expect(() => planCapture({ ...JOIN, ...wish }, MODERN)).toThrow(
       expect.objectContaining({ code: "USAGE" }),
+    );
+  });
+});
+
+describe("senders", () => {
+  const senders = (only: number[], never: number[] = []) => ({
+    only: { uids: only, gids: [] },
+    never: { uids: never, gids: [] },
+  });
+
+  test("capture's own probe is captured whoever else is", () => {
+    const probe = `${PROBE_ADDRESS[4]}/32`;
+    const plan = planCapture({ ...JOIN, meshCidrs: [probe], senders: senders([7], [8]) }, MODERN);
+    const rules = plan.families[0]?.rules.filter(({ chain }) => chain === "ISTIO_OUTPUT") ?? [];
+    const isProbe = (it: Match): boolean => it.is === "to" && it.cidr === probe;
+    const at = rules.findIndex(({ verdict, when }) => verdict.do === "jump" && when.some(isProbe));
+    expect(at).toBeGreaterThanOrEqual(0);
+    for (const uid of [7, 8])
+      expect(
+        rules.findIndex(({ when }) => when.some((it) => it.is === "owner" && it.uid === uid)),
+      ).toBeGreaterThan(at);
+  });
+
+  test("a wish for no senders at all is a wish for everybody", () => {
+    expect(planCapture({ ...JOIN, senders: senders([]) }, MODERN)).toEqual(planCapture(JOIN, MODERN));
+  });
+});
+
+describe("ports captured wherever they lead", () => {
+  const wish = { ...JOIN, outbound: { cidrs: [], excludeCidrs: [], excludePorts: [], includePorts: [443] } };
+
+  test("they fail as the policy says", () => {
+    const failurePolicy = [parsePolicyRule("outbound:*:443=closed")];
+    expect(planCapture(wish, MODERN).failures).toContain("outbound everything else port 443: open");
+    expect(planCapture({ ...wish, failurePolicy }, MODERN).failures).toContain(
+      "outbound everything else port 443: closed",
+    );
+  });
+
+  test("a policy for another port is refused: nothing of it is captured", () => {
+    const failurePolicy = [parsePolicyRule("outbound:*:8443=closed")];
+    expect(() => planCapture({ ...wish, meshCidrs: [], failurePolicy }, MODERN)).toThrow(
+      "nothing of it is captured",
     );
   });
 });
@@ -166,6 +230,8 @@ describe("safety", () => {
     fc.tuple(fc.ipV4(), fc.integer({ min: 0, max: 32 })).map(([ip, bits]) => `${ip}/${bits}`),
     fc.tuple(fc.ipV6(), fc.integer({ min: 0, max: 128 })).map(([ip, bits]) => `${ip}/${bits}`),
   );
+  const id = fc.integer({ min: 0, max: 1000 });
+  const otherId = fc.integer({ min: 1001, max: 2000 });
   const wishes: fc.Arbitrary<CaptureWish> = fc.record({
     agentUid: fc.integer({ min: 1, max: 60_000 }),
     envoyUid: fc.integer({ min: 1, max: 60_000 }),
@@ -175,10 +241,25 @@ describe("safety", () => {
     ),
     interception: fc.constantFrom(TPROXY, { mode: "REDIRECT" } as const),
     sshPorts: fc.array(port, { maxLength: 3 }),
-    outbound: fc.record({
-      cidrs: fc.oneof(fc.constant(["*"]), fc.array(cidr, { maxLength: 4 })),
-      excludeCidrs: fc.array(cidr, { maxLength: 4 }),
-      excludePorts: fc.array(port, { maxLength: 20 }),
+    outbound: fc
+      .record({
+        cidrs: fc.oneof(fc.constant<string[]>(["*"]), fc.array(cidr, { maxLength: 4 })),
+        excludeCidrs: fc.array(cidr, { maxLength: 4 }),
+        includePorts: fc.array(port, { maxLength: 4 }),
+        excludePorts: fc.array(port, { maxLength: 20 }),
+      })
+      // What contradicts itself is refused, and has its own test.
+      .map((it) => ({
+        ...it,
+        excludeCidrs: it.excludeCidrs.filter((item) => !it.cidrs.includes(item)),
+        excludePorts: it.excludePorts.filter((item) => !it.includePorts.includes(item)),
+      })),
+    senders: fc.record({
+      only: fc.record({ uids: fc.array(id, { maxLength: 2 }), gids: fc.array(id, { maxLength: 2 }) }),
+      never: fc.record({
+        uids: fc.array(otherId, { maxLength: 2 }),
+        gids: fc.array(otherId, { maxLength: 2 }),
+      }),
     }),
     meshCidrs: fc.array(cidr, { maxLength: 4 }),
     dns: fc.option(fc.record({ servers: fc.array(fc.oneof(fc.ipV4(), fc.ipV6()), { maxLength: 3 }) }), {

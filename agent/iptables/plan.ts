@@ -5,6 +5,7 @@ import { checkFailurePolicy, describeFailures } from "./plan/failure.ts";
 import { fenceRules } from "./plan/fence.ts";
 import { leaseRules } from "./plan/lease.ts";
 import { natRules } from "./plan/nat.ts";
+import { checkScope } from "./plan/senders.ts";
 import { unique } from "./plan/terms.ts";
 import { tproxies, tproxyRules } from "./plan/tproxy.ts";
 import { type Backend, type CaptureWish, check, type MachineFacts } from "./plan/wish.ts";
@@ -44,6 +45,7 @@ export interface CapturePlan {
  */
 export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePlan {
   check(wish);
+  checkScope(wish);
   if (machine.backend === undefined && !machine.nft) {
     throw new VmmeshError("RULES_REJECTED", "neither iptables nor nft works on this machine", {
       next: "Install the package `iptables` (or `nftables`), and see that the kernel has netfilter; then join again.",

@@ -149,6 +149,8 @@ function extension(match: Match, family: Family): string[] {
   switch (match.is) {
     case "owner":
       return [`-m owner ${not(match)}--uid-owner ${match.uid}`];
+    case "ownerGroup":
+      return [`-m owner --gid-owner ${match.gid}`];
     case "toThisMachine":
       return ["-m addrtype --dst-type LOCAL"];
     case "leased":

@@ -21,6 +21,8 @@ export const CHAIN = {
   inRedirect: "ISTIO_IN_REDIRECT",
   tproxy: "ISTIO_TPROXY",
   lease: "VMMESH_LEASE",
+  /** What a wish for certain senders only leads them to. */
+  scope: "VMMESH_SCOPE",
 } as const;
 
 /**
@@ -56,6 +58,8 @@ export type Match =
   | { readonly is: "in" | "out"; readonly interface: string; readonly not?: true }
   | { readonly is: "fromPorts" | "toPorts"; readonly ports: readonly number[] }
   | { readonly is: "owner"; readonly uid: number; readonly not?: true }
+  /** Effective group of the process that made the socket; its further groups do not count. */
+  | { readonly is: "ownerGroup"; readonly gid: number }
   /** The destination is an address of this machine: forwarded packets of containers are none of our business. */
   | { readonly is: "toThisMachine" }
   /** For the fence, whose table serves both families. */

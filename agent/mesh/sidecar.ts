@@ -13,6 +13,12 @@ export interface SidecarSettings {
   readonly outboundCidrs?: readonly string[];
   readonly outboundExcludeCidrs?: readonly string[];
   readonly outboundExcludePorts?: readonly number[];
+  /** Captured wherever they lead. */
+  readonly outboundPorts?: readonly number[];
+  readonly outboundUsers?: readonly string[];
+  readonly outboundExcludeUsers?: readonly string[];
+  readonly outboundGroups?: readonly string[];
+  readonly outboundExcludeGroups?: readonly string[];
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
@@ -50,6 +56,28 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   VMMESH_OUTBOUND_EXCLUDE_PORTS: {
     setting: "outboundExcludePorts",
     comment: "Destination ports left alone, e.g. 5432.",
+  },
+  ISTIO_OUTBOUND_PORTS: {
+    setting: "outboundPorts",
+    comment: "Destination ports whose connections go through Envoy wherever they lead, e.g. 443.",
+  },
+  VMMESH_OUTBOUND_OWNER_USERS: {
+    setting: "outboundUsers",
+    comment:
+      "Users, by name or number, whose connections go through Envoy; with any of the keys for owners set, nobody else's do.",
+  },
+  VMMESH_OUTBOUND_OWNER_USERS_EXCLUDE: {
+    setting: "outboundExcludeUsers",
+    comment: "Users whose connections are left alone.",
+  },
+  ISTIO_OUTBOUND_OWNER_GROUPS: {
+    setting: "outboundGroups",
+    comment:
+      "Groups, by name or number, whose processes' connections go through Envoy; with any of the keys for owners set, nobody else's do. Unset or *: everybody's.",
+  },
+  ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: {
+    setting: "outboundExcludeGroups",
+    comment: "Groups whose processes' connections are left alone.",
   },
   VMMESH_MESH_CIDRS: {
     setting: "meshCidrs",

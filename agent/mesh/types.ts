@@ -48,6 +48,11 @@ export interface ReadinessProbe {
     | { readonly kind: "grpc"; readonly port: number; readonly service: string };
 }
 
+export interface OwnerNames {
+  readonly users: readonly string[];
+  readonly groups: readonly string[];
+}
+
 /** Everything the daemon knows of its workload, read from cluster.env, sidecar.env and mesh.yaml. Pure data. */
 export interface Workload {
   readonly namespace: string;
@@ -77,6 +82,10 @@ export interface Workload {
   readonly outboundCidrs: readonly string[];
   readonly outboundExcludeCidrs: readonly string[];
   readonly outboundExcludePorts: readonly number[];
+  /** Captured wherever they lead. */
+  readonly outboundPorts: readonly number[];
+  /** Users and groups, by name or number, whose connections are captured (`only`, empty: everybody's) or left alone. */
+  readonly outboundOwners: { readonly only: OwnerNames; readonly never: OwnerNames };
   /** Where the mesh's services live: the fence refuses what would reach them past Envoy. */
   readonly meshCidrs: readonly string[];
   /** What differs from the default failure policy, as the operator wrote it. */

@@ -112,6 +112,14 @@ describe("the machine's own file", () => {
       want: { inboundExcludePorts: [22, 8000, 9000, 15020, 15021, 15090] },
     },
     {
+      name: "takes Istio's owner groups, of which * is everybody",
+      mesh: { ISTIO_OUTBOUND_OWNER_GROUPS: "*", ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: "ftp,888" },
+      own: {},
+      want: {
+        outboundOwners: { only: { users: [], groups: [] }, never: { users: [], groups: ["ftp", "888"] } },
+      },
+    },
+    {
       name: "adds to Istio's own exclusions",
       mesh: { ISTIO_SERVICE_EXCLUDE_CIDR: "10.1.0.0/16", ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE: "53" },
       own: { VMMESH_OUTBOUND_EXCLUDE_CIDRS: "10.2.0.0/16", VMMESH_OUTBOUND_EXCLUDE_PORTS: "25,53" },
@@ -310,6 +318,11 @@ describe("sidecar.env", () => {
       outboundExcludePorts: [25],
       inboundExcludePorts: [9100],
       failurePolicy: ["outbound:[fd00::/8]:443=closed", "inbound:*=open"],
+      outboundPorts: [443],
+      outboundUsers: ["alice", "1001"],
+      outboundExcludeUsers: ["backup"],
+      outboundGroups: ["java"],
+      outboundExcludeGroups: ["ftp"],
     });
     expect(workload({}, Object.fromEntries(parseEnv(text, "sidecar.env")))).toMatchObject({
       addresses: ["10.0.0.9", "10.0.0.7", "2001:db8::7", "172.17.0.1"],
@@ -321,6 +334,11 @@ describe("sidecar.env", () => {
       outboundExcludePorts: [25],
       inboundExcludePorts: [22, 9100, 15020, 15021, 15090],
       failurePolicy: ["outbound:[fd00::/8]:443=closed", "inbound:*=open"],
+      outboundPorts: [443],
+      outboundOwners: {
+        only: { users: ["alice", "1001"], groups: ["java"] },
+        never: { users: ["backup"], groups: ["ftp"] },
+      },
     });
   });
 

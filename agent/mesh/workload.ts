@@ -94,6 +94,17 @@ export function workloadOf(input: WorkloadInput): Workload {
       ...env.ports("ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE"),
       ...env.ports("VMMESH_OUTBOUND_EXCLUDE_PORTS"),
     ]),
+    outboundPorts: ascending(env.ports("ISTIO_OUTBOUND_PORTS")),
+    outboundOwners: {
+      only: {
+        users: env.local("VMMESH_OUTBOUND_OWNER_USERS"),
+        groups: everybody(env.list("ISTIO_OUTBOUND_OWNER_GROUPS")),
+      },
+      never: {
+        users: env.local("VMMESH_OUTBOUND_OWNER_USERS_EXCLUDE"),
+        groups: env.list("ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE"),
+      },
+    },
     meshCidrs: env.cidrs("VMMESH_MESH_CIDRS"),
     failurePolicy: env.local("VMMESH_FAILURE_POLICY"),
     dnsCapture: isTrue(meta["DNS_CAPTURE"]),
@@ -145,6 +156,10 @@ class Env {
     yield* new Set([...this.#mesh.keys(), ...this.#machine.keys()]);
   }
 
+  list(key: string): string[] {
+    return items(this.get(key));
+  }
+
   local(key: string): string[] {
     return items(this.#machine.get(key));
   }
@@ -172,6 +187,8 @@ const items = (text: string | undefined): string[] =>
     .map((item) => item.trim())
     .filter((item) => item !== "");
 
+/** `*`, Istio's default, names nobody in particular. */
+const everybody = (groups: readonly string[]): readonly string[] => (groups.includes("*") ? [] : groups);
 const unique = <T>(list: readonly T[]): T[] => [...new Set(list)];
 const ascending = (list: readonly number[]): number[] => unique(list).sort((a, b) => a - b);
 const shortName = (hostname: string): string => hostname.split(".", 1)[0] || "localhost";

@@ -15,6 +15,27 @@ export interface Owners {
  */
 const WITHOUT_PACKAGE = { agent: { uid: 64_990, gid: 64_990 }, envoy: { uid: 64_991, gid: 64_990 } };
 
+/** (uid_t) -1, which means "leave it" to chown(2) and is nobody's. */
+const NO_ID = 2 ** 32 - 1;
+
+/**
+ * A user's or a group's number, by NSS. A number stands for itself, as for iptables.
+ *
+ * @throws {VmmeshError} USAGE naming what does not exist
+ */
+export async function idOf(host: Pick<Host, "run">, kind: "user" | "group", name: string): Promise<number> {
+  if (/^\d{1,10}$/.test(name) && Number(name) < NO_ID) return Number(name);
+  // A name that begins with a dash would be an option.
+  const { code, stdout } = await host.run({
+    argv: ["getent", "--", kind === "user" ? "passwd" : "group", name],
+  });
+  const [, , id] = stdout.trim().split(":");
+  if (code === 0 && id !== undefined) return Number(id);
+  throw new VmmeshError("USAGE", `there is no ${kind} \`${name}\` on this machine`, {
+    next: `Make it first, or give another: \`getent ${kind === "user" ? "passwd" : "group"}\` lists them.`,
+  });
+}
+
 /**
  * Looks the two system users up by NSS, as every other program does.
  *

@@ -148,11 +148,16 @@ export class Lab implements AsyncDisposable {
   }
 
   /** What a new TCP connection of this user meets: a listener's name, `refused`, `reset` or `timeout`. */
-  async dial(uid: number, address: string, port: number, from = this.machine): Promise<string> {
+  async dial(
+    uid: number | `${number}:${number}`,
+    address: string,
+    port: number,
+    from = this.machine,
+  ): Promise<string> {
     return this.#once(from, ["dial", String(uid), address, String(port)]);
   }
 
-  async ask(uid: number, address: string, port: number): Promise<string> {
+  async ask(uid: number | `${number}:${number}`, address: string, port: number): Promise<string> {
     return this.#once(this.machine, ["ask", String(uid), address, String(port)]);
   }
 

@@ -1,4 +1,4 @@
-"""The processes of the network tests: `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
+"""The processes of the network tests (UID stands for UID[:GID]): `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
 import contextlib
 import ctypes
 import json
@@ -181,9 +181,10 @@ if sys.argv[1] == "serve" and (comm := json.loads(sys.argv[3]).get("comm")):
         own_name.write(comm)
 if sys.argv[1] == "serve" and json.loads(sys.argv[3]).get("relay"):
     keep_net_raw()
-os.setgid(int(sys.argv[2]))
+uid, _, gid = sys.argv[2].partition(":")
+os.setgid(int(gid or uid))
 os.setgroups([])
-os.setuid(int(sys.argv[2]))
+os.setuid(int(uid))
 if sys.argv[1] == "serve" and json.loads(sys.argv[3]).get("relay"):
     only_net_raw()
 if sys.argv[1] == "serve":

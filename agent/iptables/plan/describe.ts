@@ -74,6 +74,8 @@ function describeMatch(match: Match): string {
       return `to port ${match.ports.join(",")}`;
     case "owner":
       return `${not}sent by uid ${match.uid}`;
+    case "ownerGroup":
+      return `sent by gid ${match.gid}`;
     case "family":
       return `IPv${match.family}`;
     case "toThisMachine":

@@ -1,5 +1,6 @@
 import { PORTS } from "../../core/paths.ts";
 import { CHAIN, type Family, hostCidr, type Match, REDIRECTED_TO, type Rule, UDP } from "../rules.ts";
+import { senderMatches } from "./senders.ts";
 import { jump, of, owner, to } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
@@ -34,6 +35,7 @@ export function zoneRules(wish: CaptureWish, family: Family): Rule[] {
     verdict: { do: "zone", zone },
     why,
   });
+  const only = senderMatches(wish, "only");
   return [
     ...[wish.agentUid, wish.envoyUid].map((uid) =>
       rule(
@@ -44,18 +46,25 @@ export function zoneRules(wish: CaptureWish, family: Family): Rule[] {
       ),
     ),
     rule(CHAIN.dns, agentAnswers(family), REDIRECTED_ZONE, "the agent's answers"),
+    ...senderMatches(wish, "never").map((sender) =>
+      rule(CHAIN.dns, [...question, sender], DIRECT_ZONE, "questions of a sender excluded from capture"),
+    ),
     ...servers.flatMap((server) => [
-      rule(
-        CHAIN.dns,
-        [to(server), ...question, { is: "leased", lease: "dns" }],
-        REDIRECTED_ZONE,
-        "questions that will be redirected to the agent",
+      ...(only.length === 0 ? [[]] : only.map((sender) => [sender])).map((sender) =>
+        rule(
+          CHAIN.dns,
+          [to(server), ...question, { is: "leased", lease: "dns" }, ...sender],
+          REDIRECTED_ZONE,
+          "questions that will be redirected to the agent",
+        ),
       ),
       rule(
         CHAIN.dns,
         [to(server), ...question],
         DIRECT_ZONE,
-        "questions that go to the real resolver because the agent does not answer",
+        only.length === 0
+          ? "questions that go to the real resolver because the agent does not answer"
+          : "questions that go to the real resolver: not captured, or the agent does not answer",
       ),
       rule(
         CHAIN.inbound,

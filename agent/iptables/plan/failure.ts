@@ -74,6 +74,18 @@ export function outboundFailures(wish: Wish, family: Family): Outbound[] {
       });
     }
   }
+  const ports = unique(wish.outbound.includePorts ?? []);
+  for (const rule of outboundRules(wish)) {
+    const place = rule.to === "*" ? "*" : of([rule.to], family)[0];
+    if (place === undefined) continue;
+    for (const port of ports) {
+      if (rule.port !== undefined && rule.port !== port) continue;
+      const decided = cells.some(
+        (cell) => (cell.port === undefined || cell.port === port) && inside(place, cell.to),
+      );
+      if (!decided) cells.push({ to: place, port, failure: rule.failure, mesh: false });
+    }
+  }
   const sorted = [...cells.filter((cell) => cell.mesh), ...cells.filter((cell) => !cell.mesh)];
   return sorted.map((cell, index) => ({
     ...cell,
@@ -169,6 +181,8 @@ function checkOutbound(rule: PolicyRule, wish: Wish): void {
   if (!wish.ipv6 && rule.to.includes(":"))
     throw refused(rule, "this machine has no IPv6 that is captured", "Leave it out.");
   const captured = [...wish.meshCidrs, ...cidrs];
+  const everywhere = wish.outbound.includePorts ?? [];
+  if (rule.port === undefined ? everywhere.length > 0 : everywhere.includes(rule.port)) return;
   if (!captured.some((whole) => inside(rule.to, whole) || inside(whole, rule.to)))
     throw refused(
       rule,

@@ -2,6 +2,7 @@ import { PORTS } from "../../core/paths.ts";
 import { type Family, type FenceRule, hostCidr, type Match, OPENING, REDIRECTED_TO, TCP } from "../rules.ts";
 import { exemptions, neverCaptured } from "./exemptions.ts";
 import { type Inbound, inboundFailures, outboundFailures, outboundMatches, portMatches } from "./failure.ts";
+import { senderMatches } from "./senders.ts";
 import { LO_OUT, of, owner, portGroups, RETURN, to, unique } from "./terms.ts";
 import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
@@ -25,6 +26,9 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
     verdict,
     why,
   });
+  const only = senderMatches(wish, "only");
+  // A cell is judged for each of the senders that are captured; without a choice, for everybody.
+  const judged = only.length === 0 ? [[]] : only.map((sender) => [sender]);
   const outbound =
     cells.length === 0
       ? []
@@ -52,19 +56,25 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
               ),
             ),
           ]),
-          ...cells.map(({ family, ...cell }) =>
-            out(
-              [
-                ...(cell.to === "*" ? [{ is: "family", family } as const] : []),
-                ...outboundMatches(cell).map(beforeNat),
-                OPENING,
-              ],
-              cell.failure === "closed" ? RESET : COUNT,
-              cell.failure === "open"
-                ? "past Envoy, as the failure policy allows"
-                : cell.mesh
-                  ? "to the mesh, but past Envoy"
-                  : "to a destination declared closed, but past Envoy",
+          ...senderMatches(wish, "never").map((sender) =>
+            out([sender], RETURN, "a sender excluded from capture by configuration"),
+          ),
+          ...cells.flatMap(({ family, ...cell }) =>
+            judged.map((sender) =>
+              out(
+                [
+                  ...sender,
+                  ...(cell.to === "*" ? [{ is: "family", family } as const] : []),
+                  ...outboundMatches(cell).map(beforeNat),
+                  OPENING,
+                ],
+                cell.failure === "closed" ? RESET : COUNT,
+                cell.failure === "open"
+                  ? "past Envoy, as the failure policy allows"
+                  : cell.mesh
+                    ? "to the mesh, but past Envoy"
+                    : "to a destination declared closed, but past Envoy",
+              ),
             ),
           ),
         ];

@@ -1,4 +1,4 @@
-import { PORTS } from "../../core/paths.ts";
+import { PORTS, PROBE_ADDRESS } from "../../core/paths.ts";
 import {
   CHAIN,
   type Family,
@@ -16,6 +16,7 @@ import {
 import { exemptions } from "./exemptions.ts";
 import { type Outbound, outboundFailures, outboundMatches } from "./failure.ts";
 import { inboundMatches, inboundRules } from "./inbound.ts";
+import { senderMatches } from "./senders.ts";
 import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
 import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
@@ -26,6 +27,10 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
   const servers = of(wish.dns?.servers ?? [], family);
   const mesh = of(wish.meshCidrs, family);
   const cells = outboundFailures(wish, family);
+  const only = senderMatches(wish, "only");
+  const captured = only.length === 0 ? CHAIN.output : CHAIN.scope;
+  // Whoever dials the probe's address asks whether capture works at all.
+  const isProbe = ({ to: place }: Outbound): boolean => place === hostCidr(PROBE_ADDRESS[family], family);
   const rule = (chain: string, when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
     table: "nat",
     chain,
@@ -100,9 +105,21 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
     ...(byTproxy ? [inTheClientsName] : []),
     ...selfCall,
     rule(CHAIN.output, [owner(envoyUid)], RETURN, "what Envoy sends must not come back to Envoy"),
-    ...servers.flatMap((server) => [
+    ...cells.filter(isProbe).flatMap((cell) => outboundRedirect(cell, CHAIN.output)),
+    ...senderMatches(wish, "never").map((sender) =>
+      rule(CHAIN.output, [sender], RETURN, "a sender excluded from capture by configuration"),
+    ),
+    ...only.map((sender) =>
       rule(
         CHAIN.output,
+        [sender],
+        jump(CHAIN.scope),
+        "a sender whose connections are captured, no others are",
+      ),
+    ),
+    ...servers.flatMap((server) => [
+      rule(
+        captured,
         [to(server)],
         jump(CHAIN.dns),
         "questions to this resolver may be for names of the mesh",
@@ -122,15 +139,17 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
         ),
       ),
       rule(
-        CHAIN.output,
+        captured,
         [to(server), TCP, { is: "toPorts", ports: [53] }],
         RETURN,
         "when the agent does not answer, the resolver is asked directly",
       ),
     ]),
-    ...cells.filter((cell) => cell.mesh).flatMap(outboundRedirect),
-    rule(CHAIN.output, [LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
-    ...cells.filter((cell) => !cell.mesh).flatMap(outboundRedirect),
+    ...cells
+      .filter((cell) => cell.mesh && !isProbe(cell))
+      .flatMap((cell) => outboundRedirect(cell, captured)),
+    rule(captured, [LO_OUT], RETURN, "processes of this machine may talk to each other directly"),
+    ...cells.filter((cell) => !cell.mesh).flatMap((cell) => outboundRedirect(cell, captured)),
     ...(!byTproxy && inboundMatches(wish).length > 0
       ? [
           hook(
@@ -147,11 +166,11 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
 }
 
 /** Where an open destination is followed by a wider closed one, it leaves before that while Envoy does not answer. */
-function outboundRedirect(cell: Outbound): Rule[] {
+function outboundRedirect(cell: Outbound, chain: string): Rule[] {
   const when = outboundMatches(cell);
   const rule = (matches: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
     table: "nat",
-    chain: CHAIN.output,
+    chain,
     when: matches,
     verdict,
     why,
@@ -173,7 +192,9 @@ function outboundRedirect(cell: Outbound): Rule[] {
       jump(CHAIN.redirect),
       whole
         ? "everything else goes through Envoy, direct while it does not answer"
-        : "a captured network, direct while Envoy does not answer",
+        : cell.to === "*"
+          ? "a captured port, direct while Envoy does not answer"
+          : "a captured network, direct while Envoy does not answer",
     ),
     ...(cell.beforeClosed ? [rule(when, RETURN, "declared open: direct while Envoy does not answer")] : []),
   ];

@@ -3,6 +3,12 @@ import { ipFamily, parseHostPort } from "../../core/net.ts";
 import type { PolicyRule } from "../policy.ts";
 import type { Family } from "../rules.ts";
 
+/** Processes by the ids that their sockets carry. */
+export interface Senders {
+  readonly uids: readonly number[];
+  readonly gids: readonly number[];
+}
+
 /** What is wanted, in words of the mesh. */
 export interface CaptureWish {
   readonly agentUid: number;
@@ -19,6 +25,15 @@ export interface CaptureWish {
     readonly cidrs: readonly string[];
     readonly excludeCidrs: readonly string[];
     readonly excludePorts: readonly number[];
+    /** Captured wherever they lead. */
+    readonly includePorts?: readonly number[];
+  };
+  /** Whose connections and questions are captured. Unset: everybody's. */
+  readonly senders?: {
+    /** Nobody but these; empty: everybody. */
+    readonly only: Senders;
+    /** Wins over `only`. */
+    readonly never: Senders;
   };
   /** Where the mesh's services live: always captured, and closed when Envoy is down. */
   readonly meshCidrs: readonly string[];
@@ -78,6 +93,7 @@ export function check(wish: CaptureWish): void {
   const ports = [
     ...wish.sshPorts,
     ...wish.outbound.excludePorts,
+    ...(wish.outbound.includePorts ?? []),
     ...(wish.inbound.kind === "ports" ? wish.inbound.ports : wish.inbound.excludePorts),
   ];
   for (const port of ports) {

@@ -1,0 +1,40 @@
+import { VmmeshError } from "../../core/errors.ts";
+import type { Match } from "../rules.ts";
+import type { CaptureWish, Senders } from "./wish.ts";
+
+/**
+ * One match for each kind of sender. A rule for each: iptables cannot say "one of these users" in one.
+ *
+ * @param which `only`: empty stands for everybody
+ */
+export function senderMatches({ senders }: Pick<CaptureWish, "senders">, which: "only" | "never"): Match[] {
+  if (senders === undefined) return [];
+  const { uids, gids } = senders[which];
+  return [
+    ...[...new Set(uids)].map((uid): Match => ({ is: "owner", uid })),
+    ...[...new Set(gids)].map((gid): Match => ({ is: "ownerGroup", gid })),
+  ];
+}
+
+/**
+ * @throws {VmmeshError} USAGE for what is both included and excluded
+ */
+export function checkScope(wish: Pick<CaptureWish, "outbound" | "senders">): void {
+  const { cidrs, excludeCidrs, includePorts = [], excludePorts } = wish.outbound;
+  const { only = NOBODY, never = NOBODY } = wish.senders ?? {};
+  const pairs: [string, readonly (string | number)[], readonly (string | number)[]][] = [
+    ["outbound network", cidrs, excludeCidrs],
+    ["outbound port", includePorts, excludePorts],
+    ["uid", only.uids, never.uids],
+    ["gid", only.gids, never.gids],
+  ];
+  for (const [what, included, excluded] of pairs) {
+    const both = included.find((item) => excluded.includes(item));
+    if (both !== undefined)
+      throw new VmmeshError("USAGE", `${what} ${both} is both included and excluded`, {
+        next: "Leave one of the two out of the join options or sidecar.env, then run the command again.",
+      });
+  }
+}
+
+const NOBODY: Senders = { uids: [], gids: [] };
