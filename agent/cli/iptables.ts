@@ -10,7 +10,7 @@ import { auditExitCode, type Finding } from "../iptables/audit/finding.ts";
 import { describePlan } from "../iptables/plan/describe.ts";
 import { describePreview, preview, readLive } from "../iptables/preview.ts";
 import { renderPlan } from "../iptables/render.ts";
-import { hasSystemd, systemdServices, UNITS } from "../platform/services.ts";
+import { hasSystemd, stopRepairs, systemdServices } from "../platform/services.ts";
 import { readOwners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
 import { planOfPeer, wantsPeer } from "./compat.ts";
@@ -88,9 +88,7 @@ export async function clean(options: Options): Promise<number> {
   await using _lock = await takeLock(context);
   const { host } = context;
   const report = await removeCapture(host, context.paths.rules, async () => {
-    if (!(await hasSystemd(host))) return;
-    await systemdServices(host).stop(UNITS.repairRun);
-    await systemdServices(host).stop(UNITS.hold);
+    if (await hasSystemd(host)) await stopRepairs(systemdServices(host));
   });
   await writeCaptureState(context.host, context.paths, { inForce: false });
   if (wantsJson(options)) print(report);

@@ -8,7 +8,7 @@ import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
 import type { Host } from "../platform/host.ts";
-import { type Services, UNITS } from "../platform/services.ts";
+import { type Services, stopRepairs } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
 import { adminClient } from "../telemetry/admin.ts";
 import { captureWords, planFor } from "./capture.ts";
@@ -103,10 +103,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
-      const report = await removeCapture(host, paths.rules, async () => {
-        await services.stop(UNITS.repairRun);
-        await services.stop(UNITS.hold);
-      });
+      const report = await removeCapture(host, paths.rules, () => stopRepairs(services));
       await host.files.remove(paths.captureState);
       if (report.residue.length > 0) {
         throw new VmmeshError("RULES_REJECTED", `rules of ours are still there: ${report.residue[0]}`, {

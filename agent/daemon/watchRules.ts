@@ -73,7 +73,9 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
       continue;
     }
     if (change.kind === "foreign") {
-      moved ??= { by: change.by, at: now };
+      // Who takes out a rule and puts one in ahead of us is known by the second.
+      if (moved === undefined || (change.by.byChain && !moved.by.byChain))
+        moved = { by: change.by, at: moved?.at ?? now };
       const wasSlow = pace.slow;
       await ask(now);
       log.debug(`${change.by.program} changed rules beside ours: ${change.line}`);

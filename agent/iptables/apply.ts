@@ -1,5 +1,6 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Files, Host } from "../platform/host.ts";
+import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
 import { withoutCounters } from "./parse.ts";
 import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
 import { type CapturePlan, type FamilyPlan, planCapture } from "./plan.ts";
@@ -234,6 +235,7 @@ async function writeGeneration(
     ["routing.sh", rendered.routing],
     ["held.nft", rendered.held],
     ["undo.sh", rendered.undo],
+    ["mend.sh", renderMendScript(rendered)],
   ];
   for (const [name, text] of texts) {
     if (text !== undefined) await host.files.writeAtomic(`${here}/${name}`, text, PRIVATE);
@@ -515,9 +517,18 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
       ),
     ),
   );
-  const repaired = [...first, laid, ...rest].flat();
-  if (repaired.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
+  const mended = [...first, laid, ...rest].flat();
+  if (mended.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
+  const repaired = [...(await takeMended(host.files, here)), ...mended];
   return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };
+}
+
+/** What `mend.sh` mended since it was last asked. It never runs beside us. */
+async function takeMended(files: Files, here: string): Promise<string[]> {
+  const text = await files.readText(`${here}/${MENDED}`);
+  if (text === undefined) return [];
+  await files.remove(`${here}/${MENDED}`);
+  return mendedSentences(text);
 }
 
 /** Guard and fence: what is gone or changed is loaded again, both in one transaction. @returns what was mended */
@@ -572,10 +583,8 @@ export function tableDrift(seen: SeenTable, wanted: readonly PrintedTable[]): st
   const name = `${seen.table} (IPv${seen.family})`;
   const own = printedOwn(wanted, seen.family, seen.table);
   const [first] = seen.ahead;
-  if (seen.missing.length > 0) return `${name}: the jump in ${seen.missing.join(" and ")} was missing`;
-  if (first !== undefined) {
-    return `${name}: \`${first.line}\` stood ahead of us${first.by === undefined ? "" : `, put there by ${first.by}`}`;
-  }
+  if (seen.missing.length > 0) return missing(name, seen.missing);
+  if (first !== undefined) return ahead(name, first.line, first.by);
   if (seen.jumps.length > new Set(seen.jumps.map((jump) => jump.line)).size)
     return `${name}: a jump was there twice`;
   if (own.length !== seen.own.length || own.some((line, index) => line !== seen.own[index]))

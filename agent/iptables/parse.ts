@@ -75,7 +75,7 @@ export function withoutCounters(save: string): string[] {
 }
 
 /** Targets that change nothing about where a packet goes (they may mark, count or log it). */
-const HARMLESS = new Set([
+export const HARMLESS: ReadonlySet<string> = new Set([
   "RETURN",
   "LOG",
   "NFLOG",
@@ -90,7 +90,7 @@ const HARMLESS = new Set([
   "SET",
 ]);
 /** Targets that end the hook for a packet, or send it elsewhere. */
-const DIVERTING = new Set([
+export const DIVERTING: ReadonlySet<string> = new Set([
   "ACCEPT",
   "DROP",
   "REJECT",
@@ -104,6 +104,9 @@ const DIVERTING = new Set([
   "NFQUEUE",
   "NOTRACK",
 ]);
+
+/** Chains whose content need not be read (KUBE-SERVICES can have thousands of rules): they exist to divert. */
+export const KNOWN_DIVERTERS: ReadonlySet<string> = new Set(["KUBE-SERVICES", "DOCKER", "DOCKER_OUTPUT"]);
 
 /** Can this rule itself keep a packet from the rules after it? "chain" means: as its target chain does. */
 export function diverts(rule: ParsedRule): "yes" | "no" | "chain" {

@@ -2,6 +2,7 @@ import { VmmeshError } from "../core/errors.ts";
 import type { Command, CommandResult, Host } from "../platform/host.ts";
 import {
   diverts,
+  KNOWN_DIVERTERS,
   ownerOfChain,
   type ParsedRule,
   parseListeners,
@@ -261,8 +262,6 @@ export async function readTable(
   return { family, table, own, jumps, ahead, benign, untracking, missing };
 }
 
-/** Chains whose content need not be read (KUBE-SERVICES can have thousands of rules): they exist to divert. */
-const KNOWN_DIVERTERS = new Set(["KUBE-SERVICES", "DOCKER", "DOCKER_OUTPUT"]);
 const MAX_DEPTH = 5;
 
 /** false if the rule can keep no packet from us; else the program whose chain it is, empty if unknown. */

@@ -97,11 +97,11 @@ describe("what concerns us", () => {
 });
 
 describe("the pace", () => {
-  test("the first event at once, the next ones a quarter of a second apart", () => {
+  test("the first event at once, the next ones a tenth of a second apart", () => {
     const pace = new Pace();
     expect(pace.event(0)).toBe(0);
     pace.requested(0);
-    expect([pace.event(1), pace.event(100), pace.event(PACE.apartMs)]).toEqual([249, 150, 0]);
+    expect([pace.event(1), pace.event(40), pace.event(PACE.apartMs)]).toEqual([99, 60, 0]);
   });
 
   test("a duel is answered slowly, but always, until it is over", () => {

@@ -5,6 +5,8 @@ import { CHAIN, HOOKS } from "./rules.ts";
 export interface Writer {
   /** Name of the program whose rules they are, if their chains tell, else of the process that wrote them. */
   readonly program: string;
+  /** The chains told: `iptables` and `nft` are everybody's. */
+  readonly byChain: boolean;
   /** Of the process that wrote; in a container's own numbers only if the agent is not in one. */
   readonly pid: number | undefined;
 }
@@ -58,7 +60,11 @@ export function monitorReader(): (line: string) => Change | undefined {
         ? undefined
         : {
             kind: "foreign",
-            by: { program: owner ?? comm, pid: Number(pid) > 0 ? Number(pid) : undefined },
+            by: {
+              program: owner ?? comm,
+              byChain: owner !== undefined,
+              pid: Number(pid) > 0 ? Number(pid) : undefined,
+            },
             line: touched,
           };
     touched = undefined;
@@ -99,9 +105,9 @@ function readEvent(line: string): Event | undefined {
 
 /** How often a repair may be asked for; milliseconds. */
 export const PACE = {
-  apartMs: 250,
-  /** So many requests within this time are a duel … */
-  duel: 5,
+  apartMs: 100,
+  /** So many requests within this time are a duel: a reload of firewalld, which wipes table by table, brings up to ten. */
+  duel: 20,
   withinMs: 10_000,
   /** … in which we answer no faster than this, until it has been quiet for `withinMs`. */
   slowMs: 5000,

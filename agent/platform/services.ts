@@ -8,6 +8,7 @@ export const UNITS = {
   envoy: "vmmesh-envoy.service",
   envoyLog: "vmmesh-envoy-log.socket",
   repair: "vmmesh-rules.path",
+  mendRun: "vmmesh-order.service",
   repairRun: "vmmesh-rules.service",
   fence: "vmmesh-fence.service",
   hold: "vmmesh-hold.service",
@@ -29,6 +30,14 @@ export interface Services {
   restart(unit: string): Promise<void>;
   enable(unit: string): Promise<void>;
   disable(unit: string): Promise<void>;
+}
+
+/** Ends a repair that is under way, and what holds the second fence: they would put back, or keep, what is being taken out. */
+export async function stopRepairs(services: Services): Promise<void> {
+  // In this order: the quick one starts the careful one as it ends.
+  await services.stop(UNITS.mendRun);
+  await services.stop(UNITS.repairRun);
+  await services.stop(UNITS.hold);
 }
 
 const START_TIMEOUT_MS = 90_000;
