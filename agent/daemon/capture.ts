@@ -76,12 +76,17 @@ export async function planFor(host: Host, workload: Workload, owners: Owners): P
   return planCapture(await captureWish(host, workload, owners), await readMachine(host));
 }
 
-/** The two lines of `vmmesh status` on capture. */
-export function captureWords(workload: Workload): { inbound: string; outbound: string } {
+/** What `vmmesh status` says on capture. */
+export function captureWords(workload: Workload): {
+  inbound: string;
+  outbound: string;
+  failurePolicy: readonly string[];
+} {
   const list = (items: readonly (string | number)[]): string =>
     items.length === 0 ? "nothing" : items.join(", ");
   const { inbound } = workload;
   return {
+    failurePolicy: workload.failurePolicy,
     inbound:
       inbound.kind === "all"
         ? `all ports but ${list(workload.inboundExcludePorts)}`

@@ -1,4 +1,5 @@
 import type { Paths } from "../core/paths.ts";
+import type { FenceCounts } from "../iptables/counts.ts";
 import type { Host } from "../platform/host.ts";
 
 /** What root last saw of the rules; the agent, which may not read them, shows it. */
@@ -7,6 +8,9 @@ export interface CaptureState {
   readonly repairs: number;
   readonly inbound: string;
   readonly outbound: string;
+  readonly failurePolicy?: readonly string[];
+  /** Absent until a fence was read. */
+  readonly counts?: FenceCounts;
 }
 
 const NOTHING: CaptureState = { inForce: false, repairs: 0, inbound: "nothing", outbound: "nothing" };

@@ -1,6 +1,7 @@
 import { messageOf } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
 import { type Applies, loadConfirmed } from "../iptables/apply.ts";
+import { readFenceCounts } from "../iptables/counts.ts";
 import type { Host } from "../platform/host.ts";
 import { readCaptureState, writeCaptureState } from "./captureState.ts";
 
@@ -19,9 +20,12 @@ export async function repairCapture(
   if (report.state === "nothing confirmed") return;
   const state = await readCaptureState(host.files, paths);
   for (const line of report.repaired) say(`repaired: ${line}`);
-  if (state.inForce && report.repaired.length === 0) return;
+  const counts = await readFenceCounts(host);
+  const counted = JSON.stringify(counts) === JSON.stringify(state.counts);
+  if (state.inForce && report.repaired.length === 0 && counted) return;
   await writeCaptureState(host, paths, {
     inForce: true,
+    ...(counts === undefined ? {} : { counts }),
     repairs: state.repairs + report.repaired.length,
     ...(state.inForce ? {} : await words(host, paths, say)),
   });

@@ -257,7 +257,12 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         ...(lastRejection === undefined ? {} : { lastRejection }),
       },
       envoy: { state: envoyWaits ?? "ready" },
-      capture: { ...captureWords(workload), inForce: capture.inForce, repairs: capture.repairs },
+      capture: {
+        ...captureWords(workload),
+        inForce: capture.inForce,
+        repairs: capture.repairs,
+        ...(capture.counts === undefined ? {} : { counts: capture.counts }),
+      },
       dns: {
         captured: workload.dnsCapture && capture.inForce,
         names: dnsTable.value?.names.size ?? 0,
@@ -422,7 +427,11 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                 }
                 for (const { typeUrl, resources } of relay.status().types)
                   metrics.xdsResources.set({ type: shortType(typeUrl) }, resources);
-                metrics.captureInForce.set((await readCaptureState(host.files, paths)).inForce ? 1 : 0);
+                const { inForce, counts } = await readCaptureState(host.files, paths);
+                metrics.captureInForce.set(inForce ? 1 : 0);
+                for (const direction of ["inbound", "outbound"] as const)
+                  for (const what of ["refused", "bypassed"] as const)
+                    metrics.fenceConnections.set({ direction, what }, counts?.[what][direction] ?? 0);
                 return metrics.render();
               },
               envoyAdminSocket: paths.envoyAdminSocket,

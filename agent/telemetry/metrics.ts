@@ -131,6 +131,12 @@ export const METRICS = {
     type: "gauge",
     help: "1 while the redirect rules are complete and in order.",
   },
+  fenceConnections: {
+    name: "vmmesh_fence_connections",
+    type: "gauge",
+    help: "First segments that the fence refused, or let past Envoy as the failure policy allows, since it was loaded; at most 30 s old.",
+    labels: ["direction", "what"],
+  },
   // health and tasks
   conditions: {
     name: "vmmesh_conditions",

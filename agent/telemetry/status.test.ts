@@ -22,7 +22,14 @@ const well: StatusSnapshot = {
     resources: { clusters: 42, listeners: 17, routes: 9, endpoints: 40 },
   },
   envoy: { version: "1.40.0", state: "live" },
-  capture: { inForce: true, inbound: "ports 80, 8443", outbound: "10.0.0.0/8", repairs: 2 },
+  capture: {
+    inForce: true,
+    inbound: "ports 80, 8443",
+    outbound: "10.0.0.0/8",
+    repairs: 2,
+    failurePolicy: ["outbound:10.0.0.0/8:443=closed", "inbound:80=open"],
+    counts: { refused: { inbound: 1, outbound: 12 }, bypassed: { inbound: 3, outbound: 0 } },
+  },
   dns: {
     captured: true,
     names: 57,

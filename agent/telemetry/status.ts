@@ -37,6 +37,12 @@ export interface StatusSnapshot {
     readonly inbound: string;
     readonly outbound: string;
     readonly repairs: number;
+    /** What the fence refused, and let past Envoy as the failure policy allows. */
+    readonly counts?: Readonly<
+      Record<"refused" | "bypassed", { readonly inbound: number; readonly outbound: number }>
+    >;
+    /** What becomes of captured connections while Envoy does not answer, where it is not the default. */
+    readonly failurePolicy?: readonly string[];
   };
   readonly dns: {
     readonly captured: boolean;
@@ -72,6 +78,9 @@ const EXPIRY_WARNING_MS = 60 * 60 * 1000;
 
 /** A condition's sentence, and its advice, may take this many lines each. */
 const MAX_SENTENCE_LINES = 3;
+
+const NONE = { inbound: 0, outbound: 0 } as const;
+const NOT_COUNTED = { refused: NONE, bypassed: NONE } as const;
 
 type Tone = "good" | "bad" | "warn" | "plain";
 const COLORS = { good: "green", bad: "red", warn: "yellow" } as const;
@@ -148,6 +157,14 @@ export function renderStatus(
       : "not in force",
     capture.inForce ? "good" : "bad",
   );
+  if (capture.failurePolicy !== undefined && capture.failurePolicy.length > 0)
+    row("", `without Envoy: ${capture.failurePolicy.join(", ")}`);
+  const { refused, bypassed } = capture.counts ?? NOT_COUNTED;
+  if (refused.inbound + refused.outbound + bypassed.inbound + bypassed.outbound > 0)
+    row(
+      "",
+      `fence: ${refused.inbound} in, ${refused.outbound} out refused; ${bypassed.inbound} in, ${bypassed.outbound} out past Envoy`,
+    );
   const sick = dns.upstreams.filter((server) => !server.healthy);
   const servers = dns.upstreams.map((server) => `${server.address}${server.healthy ? "" : " (silent)"}`);
   row(

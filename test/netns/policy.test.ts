@@ -1,6 +1,7 @@
 import type { ChildProcess } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan } from "../../agent/iptables/apply.ts";
+import { type FenceCounts, readFenceCounts } from "../../agent/iptables/counts.ts";
 import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
 import { parsePolicyRule } from "../../agent/iptables/policy.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
@@ -26,10 +27,9 @@ const install = async (wish: CaptureWish, facts: Partial<MachineFacts> = {}): Pr
 const policy = (...rules: string[]) => ({ failurePolicy: rules.map(parsePolicyRule) });
 const meets = (want: string, address: string, port: number, from?: string) => async () =>
   (await lab.dial(UID.app, address, port, from)) === want;
-const counted = async (name: string): Promise<number> =>
-  Number(
-    /packets (\d+)/.exec(await lab.insideShell(`nft list counter inet vmmesh-fence ${name}`))?.[1] ?? "-1",
-  );
+const counted = async (): Promise<FenceCounts> =>
+  (await readFenceCounts(lab.host)) ?? { refused: NONE, bypassed: NONE };
+const NONE = { inbound: -1, outbound: -1 };
 
 const BACKENDS: { name: string; facts: Partial<MachineFacts> }[] = [
   { name: "with guard and fence", facts: {} },
@@ -142,11 +142,11 @@ describe("what the fence counts", () => {
     });
     await eventually(meets("ENVOY-OUT", REMOTE.ip, 80), 5000);
     await eventually(meets("ENVOY-IN", MACHINE.ip, 9001, lab.world), 5000);
-    const before = { out: await counted("bypassed_output"), in: await counted("bypassed_input") };
+    const { bypassed: before } = await counted();
     // Through Envoy is not past it.
     for (let round = 0; round < 5; round += 1)
       expect(await lab.dial(UID.app, REMOTE.ip, 80)).toBe("ENVOY-OUT");
-    expect(await counted("bypassed_output")).toBe(before.out);
+    expect((await counted()).bypassed).toEqual(before);
     // Everything that redirects is gone; the fence is not.
     await lab.insideShell(
       "iptables -t nat -F; ip6tables -t nat -F; nft delete table ip vmmesh; nft delete table ip6 vmmesh",
@@ -158,9 +158,9 @@ describe("what the fence counts", () => {
       expect(await lab.dial(UID.app, REMOTE.ip, 8080)).toBe("refused");
     for (let round = 0; round < 2; round += 1)
       expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
-    expect(await counted("bypassed_output")).toBe(before.out + 7);
-    expect(await counted("bypassed_input")).toBe(before.in + 3);
-    expect(await counted("refused_output")).toBe(4);
-    expect(await counted("refused_input")).toBe(2);
+    expect(await counted()).toEqual({
+      refused: { inbound: 2, outbound: 4 },
+      bypassed: { inbound: before.inbound + 3, outbound: before.outbound + 7 },
+    });
   });
 });
