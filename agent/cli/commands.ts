@@ -234,6 +234,13 @@ export const COMMANDS: readonly CommandSpec[] = [
           "where the mesh's services live (default: the cluster's service range, when it can be read)",
       },
       {
+        name: "interception-mode",
+        type: "string",
+        choices: ["redirect", "tproxy"],
+        describe:
+          "how inbound connections reach Envoy; with tproxy the application sees the client's address (default: what the mesh says, else redirect)",
+      },
+      {
         name: "failure-policy",
         type: "string",
         repeat: true,

@@ -60,6 +60,7 @@ export async function join(options: Options): Promise<number> {
     token: bundle.token,
     spiffe,
     envoyPath: envoy.path,
+    interceptionMode: workload.interception.mode,
     confirmWithinMs: number(options, "confirm-within") * SECOND_MS,
     readyWithinMs: number(options, "ready-within") * SECOND_MS,
   });
@@ -221,12 +222,14 @@ async function render(
     header:
       "What the mesh says of this workload, written by `vmmesh join`. Changes belong into sidecar.env, which wins.",
   });
+  const mode = text(options, "interception-mode");
   const sidecarEnv = renderSidecarEnv({
     envoyPath,
     istiodAddresses: addresses,
     meshCidrs,
     failurePolicy: list(options, "failure-policy"),
     inboundPorts: list(options, "include-inbound-port"),
+    ...(mode === undefined ? {} : { interceptionMode: mode.toUpperCase() }),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),
     outboundCidrs: list(options, "include-outbound-cidr"),
     outboundPorts: ports(options, "include-outbound-port"),

@@ -34,6 +34,8 @@ export interface Paths {
   readonly nftRun: string;
   /** FIFO of what the kernel tells of changes to its rules; vmmesh 0600. */
   readonly nftEvents: string;
+  /** What Envoy's unit may do beyond its own file, in TPROXY mode; root 0644. */
+  readonly envoyDropIn: string;
   /** What root last saw of the rules, for the agent to show; root 0644. */
   readonly captureState: string;
   /** The agent asks for repair of the rules by touching this file; its content is never read. */
@@ -67,6 +69,7 @@ export function paths(root = "/"): Paths {
     envoyLogRun: at("/run/vmmesh-envoy-log"),
     nftRun: at("/run/vmmesh-nftmon"),
     nftEvents: at("/run/vmmesh-nftmon/events"),
+    envoyDropIn: at("/etc/systemd/system/vmmesh-envoy.service.d/vmmesh-tproxy.conf"),
     captureState: at("/run/vmmesh-capture.json"),
     repairRequest: at("/run/vmmesh/repair-request"),
   };

@@ -19,7 +19,7 @@ const RESOLV_CONF = "/etc/resolv.conf";
 export function policyScope(
   workload: Workload,
   net: Pick<Host["net"], "addresses">,
-): Pick<CaptureWish, "inbound" | "outbound" | "meshCidrs" | "ipv6" | "failurePolicy"> {
+): Pick<CaptureWish, "inbound" | "outbound" | "meshCidrs" | "ipv6" | "interception" | "failurePolicy"> {
   return {
     inbound:
       workload.inbound.kind === "all"
@@ -34,6 +34,10 @@ export function policyScope(
     // With the probe's addresses, which are captured and fenced like a service's.
     meshCidrs: [...workload.meshCidrs, ...Object.values(PROBE_ADDRESS)],
     ipv6: net.addresses().some(({ family }) => family === 6),
+    interception:
+      workload.interception.mode === "TPROXY"
+        ? { mode: "TPROXY", routeTable: workload.interception.routeTable }
+        : { mode: "REDIRECT" },
     failurePolicy: workload.failurePolicy.map(parsePolicyRule),
   };
 }

@@ -21,6 +21,7 @@ const steps: Step[] = planJoin({
   token: "eyJ.secret.x",
   spiffe: "spiffe://cluster.local/ns/default/sa/details",
   envoyPath: "/usr/local/bin/envoy",
+  interceptionMode: "REDIRECT",
   confirmWithinMs: 30_000,
   readyWithinMs: 60_000,
 });
@@ -49,6 +50,7 @@ function fakeMachine(start: Record<string, string> = {}): {
     stop: async (unit) => change(unit, { active: false }),
     restart: async (unit) => void log.push(`${unit} restarted`),
     enable: async (unit) => change(unit, { enabled: true }),
+    reload: async () => void log.push("units read again"),
     disable: async (unit) => change(unit, { enabled: false }),
   };
   const owner = { uid: 1, gid: 1 };
@@ -93,6 +95,7 @@ describe("a join as steps", () => {
         "make a key, ask istiod's CA for a certificate as spiffe://cluster.local/ns/default/sa/details",
         "start vmmesh-agent.service",
         "start vmmesh-envoy-log.socket",
+        "leave Envoy without any capability",
         "start vmmesh-envoy.service",
         "wait until Envoy answers on 15021 (at most 60 s)",
         "install the rules; they go out again by themselves unless connectivity is confirmed within 30 s",

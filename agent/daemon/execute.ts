@@ -3,6 +3,7 @@ import type { Paths } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
 import type { Services } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
+import { grantEnvoy } from "./envoyCapability.ts";
 import { fileBefore, type Journal, type Undo, withEntry, writeJournal } from "./journal.ts";
 import { describeStep, type Step, type StepArgs, stepKey } from "./steps.ts";
 
@@ -56,6 +57,13 @@ const EXECUTORS: { readonly [K in keyof StepArgs]: Executor<StepArgs[K]> } = {
       // Left running by a join that was killed: it has read what that one rendered, not what was rendered now.
       if (!enable && (await services.state(unit)).active) await services.restart(unit);
       else await services.start(unit);
+    },
+  },
+  "grant-envoy": {
+    // Also for REDIRECT: the mode may be changed after the join.
+    undo: async () => ({ do: "revoke-envoy" }),
+    async run({ mode }, machine) {
+      await grantEnvoy(machine, mode);
     },
   },
   "await-ready": {
@@ -182,5 +190,8 @@ async function takeBack(undo: Undo, machine: Machine): Promise<void> {
       return;
     case "remove-rules":
       return machine.removeRules();
+    case "revoke-envoy":
+      await grantEnvoy(machine, "REDIRECT");
+      return;
   }
 }

@@ -7,21 +7,24 @@ import { loadSvid, storeSvid } from "../identity/svid.ts";
 import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
+import { refuseSharedRouting } from "../iptables/routing.ts";
 import type { Host } from "../platform/host.ts";
-import { type Services, stopRepairs } from "../platform/services.ts";
+import { type Services, stopRepairs, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
 import { adminClient } from "../telemetry/admin.ts";
 import { captureWords, planFor } from "./capture.ts";
 import { writeCaptureState } from "./captureState.ts";
+import { grantEnvoy } from "./envoyCapability.ts";
 import type { Machine } from "./execute.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
 const CHECK_TIMEOUT_MS = 3 * SECOND_MS;
 const POLL_MS = 200;
+const READY_WITHIN_MS = 60 * SECOND_MS;
 
 /** The machine as the steps of a join see it: the feature rooms behind the four verbs that are not plain files and units. */
 export function joinMachine(host: Host, paths: Paths, owners: Owners, services: Services): Machine {
-  return {
+  const machine: Machine = {
     host,
     paths,
     owners,
@@ -81,6 +84,13 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       const unit = services.kind === "systemd" ? "systemd" : "detached";
       // We hold the lock: a trial that is still there belongs to a join that was killed.
       await takeBackTrial(host, paths.rules, unit);
+      await refuseSharedRouting(host, plan);
+      // The mode was changed since the join: Envoy's listener first, a handover to one that is not transparent goes nowhere.
+      if (await grantEnvoy(machine, workload.interception.mode)) {
+        await services.restart(UNITS.agent);
+        await services.restart(UNITS.envoy);
+        await machine.awaitReady(READY_WITHIN_MS, signal);
+      }
       const checks = await passing(await connectivityChecks(host, paths), signal);
       const trial = await applyPlan(host, renderPlan(plan, { comments: true }), {
         confirmWithinMs,
@@ -112,6 +122,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       }
     },
   };
+  return machine;
 }
 
 /** Something that works now and must still work with the rules in force. */

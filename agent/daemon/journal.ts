@@ -15,7 +15,9 @@ export type Undo =
       readonly active: boolean;
       readonly enabled: boolean;
     }
-  | { readonly do: "remove-rules" };
+  | { readonly do: "remove-rules" }
+  /** Envoy's unit is again what its package says. */
+  | { readonly do: "revoke-envoy" };
 
 /** A file as it was. Content is base64 so that any bytes survive JSON. */
 export interface FileBefore {

@@ -18,6 +18,8 @@ export interface StepArgs {
   link: { readonly path: string; readonly target: string };
   /** Key and CSR are made here, the certificate comes from istiod's CA; the token is used, never stored by this step. */
   enroll: { readonly spiffe: string };
+  /** The capabilities that the mode of interception needs, as a drop-in of Envoy's unit; none for REDIRECT. */
+  "grant-envoy": { readonly mode: "REDIRECT" | "TPROXY" };
   "start-unit": { readonly unit: string; readonly enable: boolean };
   /** Envoy has its configuration and its listeners answer. */
   "await-ready": { readonly withinMs: number };
@@ -37,6 +39,7 @@ export function stepKey(step: Step): string {
     case "start-unit":
       return `${step.do} ${step.unit}`;
     case "enroll":
+    case "grant-envoy":
     case "await-ready":
     case "install-rules":
       return step.do;
@@ -55,6 +58,7 @@ export interface JoinFacts {
   readonly token: string | undefined;
   readonly spiffe: string;
   readonly envoyPath: string;
+  readonly interceptionMode: "REDIRECT" | "TPROXY";
   readonly confirmWithinMs: number;
   readonly readyWithinMs: number;
 }
@@ -87,6 +91,7 @@ export function planJoin(facts: JoinFacts): Step[] {
     { do: "enroll", spiffe: facts.spiffe },
     { do: "start-unit", unit: UNITS.agent, enable: false },
     { do: "start-unit", unit: UNITS.envoyLog, enable: false },
+    { do: "grant-envoy", mode: facts.interceptionMode },
     { do: "start-unit", unit: UNITS.envoy, enable: false },
     { do: "await-ready", withinMs: facts.readyWithinMs },
     { do: "install-rules", confirmWithinMs: facts.confirmWithinMs },
@@ -106,6 +111,10 @@ export function describeStep(step: Step): string {
       return `link ${step.path} → ${step.target}`;
     case "enroll":
       return `make a key, ask istiod's CA for a certificate as ${step.spiffe}`;
+    case "grant-envoy":
+      return step.mode === "TPROXY"
+        ? "let Envoy, which is not root, have the transparent listener that TPROXY needs"
+        : "leave Envoy without any capability";
     case "start-unit":
       return `start ${step.unit}${step.enable ? " and enable it at boot" : ""}`;
     case "await-ready":

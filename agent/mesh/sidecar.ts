@@ -9,6 +9,8 @@ export interface SidecarSettings {
   readonly meshCidrs?: readonly string[];
   /** `["*"]`: every port. */
   readonly inboundPorts?: readonly string[];
+  readonly interceptionMode?: string;
+  readonly tproxyRouteTable?: string;
   readonly inboundExcludePorts?: readonly number[];
   readonly outboundCidrs?: readonly string[];
   readonly outboundExcludeCidrs?: readonly string[];
@@ -44,6 +46,15 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
     setting: "inboundExcludePorts",
     comment:
       "With ISTIO_INBOUND_PORTS=*: ports left alone, beside those of cluster.env and always 22, 15020, 15021 and 15090.",
+  },
+  ISTIO_INBOUND_INTERCEPTION_MODE: {
+    setting: "interceptionMode",
+    comment:
+      "REDIRECT, or TPROXY: the application sees the client's address, and the machine's own firewall judges the port. Unset: REDIRECT.",
+  },
+  ISTIO_INBOUND_TPROXY_ROUTE_TABLE: {
+    setting: "tproxyRouteTable",
+    comment: "Routing table of TPROXY, of nobody else's use. Unset: 133.",
   },
   ISTIO_SERVICE_CIDR: {
     setting: "outboundCidrs",

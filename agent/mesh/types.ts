@@ -77,6 +77,8 @@ export interface Workload {
   /** First is the registered one. */
   readonly addresses: readonly string[];
   readonly inbound: { readonly kind: "ports"; readonly ports: readonly number[] } | { readonly kind: "all" };
+  /** How inbound connections reach Envoy; `routeTable` is used by TPROXY alone. */
+  readonly interception: { readonly mode: "REDIRECT" | "TPROXY"; readonly routeTable: number };
   readonly inboundExcludePorts: readonly number[];
   /** CIDRs captured outbound; `["*"]` is everything. */
   readonly outboundCidrs: readonly string[];

@@ -143,6 +143,26 @@ describe("what the mesh says", () => {
       env: { ISTIO_INBOUND_PORTS: "9080,7070" },
       want: { inbound: { kind: "ports", ports: [9080, 7070] } },
     },
+    {
+      name: "inbound connections are redirected",
+      env: {},
+      want: { interception: { mode: "REDIRECT", routeTable: 133 } },
+    },
+    {
+      name: "TPROXY, which istiod is told, too",
+      env: { ISTIO_INBOUND_INTERCEPTION_MODE: "TPROXY", ISTIO_INBOUND_TPROXY_ROUTE_TABLE: "77" },
+      want: { interception: { mode: "TPROXY", routeTable: 77 }, meta: { INTERCEPTION_MODE: "TPROXY" } },
+    },
+    {
+      name: "TPROXY by the word for istiod alone",
+      env: { ISTIO_META_INTERCEPTION_MODE: "TPROXY" },
+      want: { interception: { mode: "TPROXY" } },
+    },
+    {
+      name: "what the machine says of its rules istiod hears, whatever the mesh has said",
+      env: { ISTIO_META_INTERCEPTION_MODE: "TPROXY", ISTIO_INBOUND_INTERCEPTION_MODE: "REDIRECT" },
+      want: { interception: { mode: "REDIRECT" }, meta: { INTERCEPTION_MODE: "REDIRECT" } },
+    },
     { name: "no inbound key: nothing is captured", env: {}, want: { inbound: { kind: "ports", ports: [] } } },
     {
       name: "an empty trust domain is the default one",
@@ -214,6 +234,19 @@ describe("what the mesh says", () => {
       env: { ISTIO_METAJSON_LABELS: "[]" },
       want: "ISTIO_METAJSON_LABELS in cluster.env is not a JSON object",
     },
+    {
+      env: { ISTIO_INBOUND_INTERCEPTION_MODE: "NONE" },
+      want: "ISTIO_INBOUND_INTERCEPTION_MODE in cluster.env is `NONE`, which is neither REDIRECT nor TPROXY",
+    },
+    {
+      env: { ISTIO_META_INTERCEPTION_MODE: "tproxy" },
+      want: "ISTIO_META_INTERCEPTION_MODE in cluster.env is `tproxy`",
+    },
+    {
+      env: { ISTIO_INBOUND_INTERCEPTION_MODE: "TPROXY", ISTIO_INBOUND_TPROXY_MARK: "7" },
+      want: "istiod has Envoy use 1337 whatever is set here",
+    },
+    { env: { ISTIO_INBOUND_TPROXY_ROUTE_TABLE: "main" }, want: "is `main`, not a table between 1 and 252" },
     { env: { ISTIO_SVC_IP: "vm-1" }, want: "ISTIO_SVC_IP in cluster.env is `vm-1`" },
     { env: { PILOT_ADDRESS: "istiod" }, want: "which is not HOST:PORT" },
     { env: { ISTIO_NAMESPACE: "" }, want: "ISTIO_NAMESPACE in cluster.env is missing" },

@@ -59,6 +59,7 @@ export function workloadOf(input: WorkloadInput): Workload {
   const workloadGroup = meta["AUTO_REGISTER_GROUP"] || undefined;
   const workloadName = meta["WORKLOAD_NAME"] || workloadGroup || shortName(machine.hostname);
   const addresses = addressesOf(env, machine);
+  const interception = interceptionOf(env, meta);
   const inbound = env.get("ISTIO_INBOUND_PORTS") ?? "";
   return {
     namespace,
@@ -79,6 +80,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     addresses,
     inbound:
       inbound.trim() === "*" ? { kind: "all" } : { kind: "ports", ports: env.ports("ISTIO_INBOUND_PORTS") },
+    interception,
     inboundExcludePorts: ascending([
       ...NEVER_CAPTURED_INBOUND,
       ...portList(clusterEnv.get("ISTIO_LOCAL_EXCLUDE_PORTS"), "ISTIO_LOCAL_EXCLUDE_PORTS", "cluster.env"),
@@ -117,9 +119,42 @@ export function workloadOf(input: WorkloadInput): Workload {
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
     appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
     certificateTtlMs: certificateTtlOf(env),
-    meta,
+    // istiod makes the inbound listener by this word; without it it is not transparent.
+    meta:
+      interception.mode === "TPROXY" || "INTERCEPTION_MODE" in meta
+        ? { ...meta, INTERCEPTION_MODE: interception.mode }
+        : meta,
     metaJson,
   };
+}
+
+const DEFAULT_ROUTE_TABLE = 133;
+
+/**
+ * What the script of Istio's package reads, and where that is silent the word that is meant for istiod.
+ *
+ * @throws {VmmeshError} CONFIG_MALFORMED for a mode, mark or table that cannot be
+ */
+function interceptionOf(env: Env, meta: Readonly<Record<string, string>>): Workload["interception"] {
+  const named = env.get("ISTIO_INBOUND_INTERCEPTION_MODE");
+  const key = named ? "ISTIO_INBOUND_INTERCEPTION_MODE" : "ISTIO_META_INTERCEPTION_MODE";
+  const mode = named || meta["INTERCEPTION_MODE"] || "REDIRECT";
+  if (mode !== "REDIRECT" && mode !== "TPROXY")
+    throw malformed(key, env.file(key), `is \`${mode}\`, which is neither REDIRECT nor TPROXY`);
+  const mark = env.get("ISTIO_INBOUND_TPROXY_MARK") || "1337";
+  if (mode === "TPROXY" && Number(mark) !== 1337) {
+    const marks = "ISTIO_INBOUND_TPROXY_MARK";
+    throw malformed(
+      marks,
+      env.file(marks),
+      `is \`${mark}\`, but istiod has Envoy use 1337 whatever is set here`,
+    );
+  }
+  const tables = "ISTIO_INBOUND_TPROXY_ROUTE_TABLE";
+  const routeTable = Number(env.get(tables) || DEFAULT_ROUTE_TABLE);
+  if (!Number.isInteger(routeTable) || routeTable < 1 || routeTable > 252)
+    throw malformed(tables, env.file(tables), `is \`${env.get(tables)}\`, not a table between 1 and 252`);
+  return { mode, routeTable };
 }
 
 /** SECRET_TTL, as Istio's agent reads it. @throws {VmmeshError} CONFIG_MALFORMED if it is no duration of a minute or more */

@@ -30,6 +30,8 @@ export interface Services {
   restart(unit: string): Promise<void>;
   enable(unit: string): Promise<void>;
   disable(unit: string): Promise<void>;
+  /** Has the manager read the units' files again. */
+  reload(): Promise<void>;
 }
 
 /** Ends a repair that is under way, and what holds the second fence: they would put back, or keep, what is being taken out. */
@@ -83,6 +85,7 @@ export function systemdServices(host: Pick<Host, "run">): Services {
     restart: (unit) => systemctl(["restart", unit], "restarted"),
     enable: (unit) => systemctl(["enable", "--quiet", unit], "enabled"),
     disable: (unit) => systemctl(["disable", "--quiet", unit], "disabled"),
+    reload: () => systemctl(["daemon-reload"], "read again"),
   };
 }
 
@@ -144,6 +147,7 @@ export function foregroundServices(host: Pick<Host, "files" | "clock">, paths: P
     },
     async enable() {},
     async disable() {},
+    async reload() {},
   };
   return services;
 }

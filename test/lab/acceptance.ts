@@ -6,6 +6,8 @@ import { waitFor } from "./sh.ts";
 export interface Seen {
   readonly status: number;
   readonly server?: string;
+  /** Address at the other end of the application's connection. */
+  readonly client?: string;
   readonly headers: Readonly<Record<string, string>>;
 }
 
@@ -16,7 +18,7 @@ class App(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
         sick = self.path == "/healthz" and os.path.exists("/tmp/unhealthy")
-        body = json.dumps({"server": sys.argv[2], "headers": {k.lower(): v for k, v in self.headers.items()}}).encode()
+        body = json.dumps({"server": sys.argv[2], "client": self.client_address[0], "headers": {k.lower(): v for k, v in self.headers.items()}}).encode()
         self.send_response(503 if sick else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -69,7 +71,11 @@ export async function request(from: Machine, url: string): Promise<Seen> {
   try {
     return {
       status,
-      ...(JSON.parse(stdout.slice(0, cut)) as { server: string; headers: Record<string, string> }),
+      ...(JSON.parse(stdout.slice(0, cut)) as {
+        server: string;
+        client: string;
+        headers: Record<string, string>;
+      }),
     };
   } catch {
     return { status, headers: {} };

@@ -26,6 +26,15 @@ def transparent(sock):
     )
 
 
+def dialled(connection):
+    """Where the client wanted to, also when the address was changed on the way (SO_ORIGINAL_DST)."""
+    if connection.family == socket.AF_INET:
+        raw = connection.getsockopt(socket.IPPROTO_IP, 80, 16)
+        return socket.inet_ntop(socket.AF_INET, raw[4:8]), int.from_bytes(raw[2:4], "big")
+    raw = connection.getsockopt(socket.IPPROTO_IPV6, 80, 28)
+    return socket.inet_ntop(socket.AF_INET6, raw[8:24]), int.from_bytes(raw[2:4], "big")
+
+
 def relay(connection, name):
     """Envoy's inbound listener in TPROXY mode: connects to where the client wanted to, in the client's name."""
     with connection, contextlib.suppress(OSError), socket.socket(connection.family) as upstream:
@@ -33,7 +42,7 @@ def relay(connection, name):
         upstream.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, TPROXY_MARK)
         upstream.bind((connection.getpeername()[0], 0))
         upstream.settimeout(1)
-        upstream.connect(connection.getsockname()[:2])
+        upstream.connect(dialled(connection))
         connection.sendall(name.encode() + b" " + upstream.recv(4096))
 
 

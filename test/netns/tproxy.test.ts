@@ -78,6 +78,9 @@ describe("TPROXY", () => {
       expect.soft(await fromWorld(address, port), name).toBe(want);
       expect.soft(await fromWorld(address, port), `${name}, again`).toBe(want);
     }
+    const self = `ENVOY-IN APP sees ${MACHINE.ip}`;
+    expect.soft(await lab.dial(UID.envoy, MACHINE.ip, 9000), "Envoy to its own machine").toBe(self);
+    expect.soft((await auditCapture(lab.host, lab.rulesDir)).map(({ id }) => id)).not.toContain("FW004");
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
     expect(await lab.dial(UID.app, MACHINE.ip, 9000)).toBe(`APP sees ${MACHINE.ip}`);
     await removeCapture(lab.host, lab.rulesDir);

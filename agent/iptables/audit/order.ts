@@ -1,5 +1,7 @@
 import type { GenerationFile } from "../apply.ts";
 import type { CapturePlan } from "../plan.ts";
+import { tableRules } from "../render.ts";
+import { isHook } from "../rules.ts";
 import type { Evidence } from "./evidence.ts";
 import { type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
 import { guardInForce } from "./inForce.ts";
@@ -21,8 +23,10 @@ export function orderFindings(
   const benign = nat.flatMap((seen) => seen.benign.map((line) => `${place(seen)}: ${line}`));
   const twice = evidence.tables.flatMap((seen) => {
     const lines = seen.jumps.map(({ line }) => line);
-    const hooks = lines.map((line) => line.split(" ")[1]);
-    return new Set(hooks).size < hooks.length ? lines.map((line) => `${place(seen)}: ${line}`) : [];
+    const wanted = plan.families.find(({ family }) => family === seen.family);
+    const hooks =
+      wanted === undefined ? [] : tableRules(wanted, seen.table).filter(({ chain }) => isHook(chain));
+    return lines.length > hooks.length ? lines.map((line) => `${place(seen)}: ${line}`) : [];
   });
   const drift = evidence.tables.flatMap((seen) => {
     const wanted = printed.find((it) => it.family === seen.family && it.table === seen.table)?.own ?? [];
