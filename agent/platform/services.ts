@@ -12,6 +12,7 @@ export const UNITS = {
   repairRun: "vmmesh-rules.service",
   fence: "vmmesh-fence.service",
   hold: "vmmesh-hold.service",
+  holdInput: "vmmesh-hold.socket",
   target: "vmmesh.target",
 } as const;
 
