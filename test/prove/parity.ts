@@ -1,0 +1,124 @@
+import fc from "fast-check";
+import { ADDRESSES, PeerMachine, PILOT_AGENT } from "../compat/peer.ts";
+import { difference, type OptionSet, optionSet, printed } from "../compat/random.ts";
+import { type Proof, row, type Scale } from "./proof.ts";
+
+const SEED = 20_261_123;
+const SIZES: Readonly<Record<Scale, { readonly texts: number; readonly packets: number }>> = {
+  quick: { texts: 60, packets: 4 },
+  full: { texts: 2000, packets: 60 },
+};
+const PACKETS = new URL("../compat/packets.py", import.meta.url).pathname;
+const PYTHON = "/usr/bin/python3";
+
+const own = (family: 4 | 6): string => ADDRESSES[family].split("/")[0] ?? "";
+/** An address on the wire that nobody has: only a redirect makes it answer. */
+const STRANGER = { 4: "10.9.0.77", 6: "fd00:9::77" } as const;
+
+/** From whom to where: Envoy's user and group, root, an ordinary user; this machine, the wire, resolvers. */
+function dialled(families: readonly (4 | 6)[]): [number, "tcp" | "udp", string, number][] {
+  return [0, 1000, 1337].flatMap((uid) =>
+    families.flatMap((family) => {
+      const loopback = family === 4 ? "127.0.0.1" : "::1";
+      return [
+        [uid, "tcp", loopback, 8080],
+        [uid, "tcp", own(family), 8080],
+        [uid, "tcp", STRANGER[family], 80],
+        [uid, "tcp", STRANGER[family], 15008],
+        [uid, "tcp", STRANGER[family], 53],
+        [uid, "udp", STRANGER[family], 53],
+        [uid, "udp", loopback, 53],
+      ] satisfies [number, "tcp" | "udp", string, number][];
+    }),
+  );
+}
+
+async function outcomes(machine: PeerMachine, families: readonly (4 | 6)[]): Promise<string[]> {
+  const everywhere = families.map((family) => (family === 4 ? "0.0.0.0" : "::"));
+  const plan = {
+    listen: everywhere.flatMap((address) =>
+      [8080, 15001, 15006, 15008, 15053].map((port) => [address, port]),
+    ),
+    dial: dialled(families),
+  };
+  const { stdout, stderr } = await machine.exec([PYTHON, PACKETS, JSON.stringify(plan)]);
+  try {
+    return JSON.parse(stdout) as string[];
+  } catch {
+    throw new Error(`no outcomes: ${stderr}`);
+  }
+}
+
+/** The peer's rules in one namespace, ours in another, the same packets through both. @returns undefined: it is refused */
+async function comparePackets(
+  set: OptionSet,
+): Promise<{ packets: number; captured: number; different: string[] } | undefined> {
+  await using theirs = await PeerMachine.make("theirs", set.families);
+  await using ours = await PeerMachine.make("ours", set.families);
+  for (const machine of [theirs, ours]) machine.resolve(set.nameservers);
+  const documents = printed(set, ours);
+  const applied = await theirs.exec([PILOT_AGENT, "istio-iptables", ...set.argv], set.env);
+  if (documents === undefined || applied.code !== 0) return undefined;
+  for (const [program, family] of [["iptables", 4] as const, ["ip6tables", 6] as const]) {
+    if (documents[family] === "") continue;
+    const { code, stderr } = await ours.exec([`${program}-nft-restore`, "--noflush"], {}, documents[family]);
+    if (code !== 0) throw new Error(`our rules of ${JSON.stringify(set)} were refused: ${stderr}`);
+  }
+  const [want, got] = await Promise.all([outcomes(theirs, set.families), outcomes(ours, set.families)]);
+  const different = dialled(set.families).flatMap((dial, index) =>
+    want[index] === got[index] ? [] : [`${dial.join(" ")}: peer ${want[index]}, ours ${got[index]}`],
+  );
+  const captured = want.filter((port) => ["15001", "15006", "15053"].includes(port)).length;
+  return { packets: want.length, captured, different };
+}
+
+export const proof: Proof = {
+  name: "parity",
+  about: "random option sets of istio-iptables, as text and by packets, beside the real pilot-agent",
+  async run(scale) {
+    const { texts, packets } = SIZES[scale];
+    await using v4 = await PeerMachine.make("v4", [4]);
+    await using v6 = await PeerMachine.make("v6", [6]);
+    await using both = await PeerMachine.make("both", [4, 6]);
+    let same = 0;
+    for (const set of fc.sample(optionSet, { numRuns: texts, seed: SEED })) {
+      const machine = set.families.length === 2 ? both : set.families[0] === 4 ? v4 : v6;
+      machine.resolve(set.nameservers);
+      const [ours, theirs] = [printed(set, machine), await machine.dryRun(set.argv, set.env)];
+      if (ours?.[4] === theirs?.[4] && ours?.[6] === theirs?.[6]) same += 1;
+      else process.stderr.write(`${difference(set, ours, theirs)}\n`);
+    }
+    let sent = 0;
+    let applied = 0;
+    let captured = 0;
+    const different: string[] = [];
+    for (const set of fc.sample(optionSet, { numRuns: packets * 3, seed: SEED + 1 })) {
+      if (applied === packets) break;
+      const compared = await comparePackets(set);
+      if (compared === undefined) continue;
+      applied += 1;
+      sent += compared.packets;
+      captured += compared.captured;
+      different.push(...compared.different.map((line) => `${JSON.stringify(set)} ${line}`));
+    }
+    for (const line of different) process.stderr.write(`${line}\n`);
+    return [
+      row(
+        "parity",
+        `of ${texts} random option sets differ from the peer's text (or are refused by one only)`,
+        texts - same,
+        "sets",
+        "= 0",
+      ),
+      row(
+        "parity",
+        `of ${sent} connections and datagrams through ${applied} random sets in force end elsewhere than with the peer`,
+        different.length,
+        "packets",
+        "= 0",
+      ),
+      row("parity", "of these, redirected by the peer's rules", captured, "packets", "> 0"),
+      row("parity", "random sets compared by packets", applied, "sets", `>= ${packets}`),
+    ];
+  },
+};
