@@ -399,6 +399,44 @@ export const COMMANDS: readonly CommandSpec[] = [
     load: async () => (await import("./iptables.ts")).audit,
   },
   {
+    words: "iptables trace",
+    summary: "where one packet goes, rule by rule, other programs' rules included; changes nothing",
+    options: [
+      {
+        name: "to",
+        type: "string",
+        value: "ADDRESS:PORT",
+        required: true,
+        describe: "where the connection goes",
+      },
+      {
+        name: "as",
+        type: "string",
+        value: "USER|UID|UNIT",
+        describe: "who on this machine makes it",
+      },
+      { name: "from", type: "string", value: "ADDRESS", describe: "or the address from which it comes in" },
+      {
+        name: "protocol",
+        type: "string",
+        choices: ["tcp", "udp"],
+        default: "tcp",
+        describe: "of the connection",
+      },
+      {
+        name: "live",
+        type: "boolean",
+        describe: "make the connection and compare with the kernel's own trace of its first packet",
+      },
+      OUTPUT,
+    ],
+    examples: [
+      ["vmmesh iptables trace --to 10.96.0.10:80 --as www-data", "one sentence a rule, then one verdict"],
+      ["vmmesh iptables trace --to 10.0.0.5:9080 --from 10.0.0.9", "the way in"],
+    ],
+    load: async () => (await import("./trace.ts")).trace,
+  },
+  {
     words: "iptables clean",
     summary: "take out what was really applied; foreign rules stay byte for byte",
     options: [OUTPUT],

@@ -189,6 +189,11 @@ export class Lab implements AsyncDisposable {
     return this.host.run({ argv, ...(input === undefined ? {} : { input }) });
   }
 
+  /** Runs a program of the test's own, outside the namespaces. @throws if it fails */
+  outside(argv: readonly [string, ...string[]]): Promise<string> {
+    return this.#must(argv);
+  }
+
   async insideShell(script: string): Promise<string> {
     const result = await this.inside(["sh", "-ec", script]);
     if (result.code !== 0) throw new Error(`${script}: ${result.stderr}`);

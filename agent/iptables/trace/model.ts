@@ -1,0 +1,188 @@
+import { COMMENT_PREFIX, type Family } from "../rules.ts";
+import { isUnknown, type Packet, type Span, type Tri, type Value } from "./packet.ts";
+
+/** Netfilter's places, in the order in which a packet can meet them. */
+export type HookName = "ingress" | "prerouting" | "input" | "forward" | "output" | "postrouting" | "egress";
+
+export type Verdict =
+  | { readonly do: "accept" | "drop" | "return" | "queue" }
+  | { readonly do: "reject"; readonly with: string }
+  | { readonly do: "jump" | "goto"; readonly chain: string };
+
+/** What one step of a rule does with a packet. Several: only the kernel knows which, `because` says why. */
+export interface Turn {
+  readonly packet: Packet;
+  readonly does: "on" | "miss" | Verdict;
+  readonly because?: string;
+}
+export type Step = (packet: Packet, world: World) => readonly Turn[];
+export type Test = (packet: Packet, world: World) => Tri;
+
+export interface TraceRule {
+  /** As its program prints it. */
+  readonly text: string;
+  readonly comment: string | undefined;
+  readonly steps: readonly Step[];
+}
+
+export interface Chain {
+  /** `iptables-nft nat`, `iptables-legacy filter` or `nft ip vmmesh`: what a person would list to see it. */
+  readonly table: string;
+  readonly name: string;
+  readonly rules: readonly TraceRule[];
+}
+
+/** A chain that the kernel calls by itself. */
+export interface Base {
+  readonly chain: Chain;
+  readonly hook: HookName;
+  readonly type: string;
+  readonly priority: number;
+  readonly policy: "accept" | "drop";
+  /** Of netdev's and inet's ingress and egress hooks. */
+  readonly device: string | undefined;
+}
+
+/** The rules of one address family. */
+export interface Ruleset {
+  readonly bases: readonly Base[];
+  /** By `chainKey`. */
+  readonly chains: ReadonlyMap<string, Chain>;
+}
+
+export const chainKey = (table: string, name: string): string => `${table}\n${name}`;
+
+export interface Route {
+  readonly type: string;
+  readonly device: string;
+  readonly source: bigint | undefined;
+  /** The kernel's refusal in its own words; the rest means nothing then. */
+  readonly refused?: string;
+}
+
+export interface RouteQuestion {
+  readonly family: Family;
+  readonly to: bigint;
+  readonly from?: bigint;
+  readonly mark?: bigint;
+  readonly uid?: number;
+  /** Arriving here: an input route. */
+  readonly in?: string;
+}
+
+/** All that a walk may know of the machine beside its rules. `undefined` where nobody can say (yet). */
+export interface World {
+  route(question: RouteQuestion): Route | undefined;
+  /** First address of an interface: what REDIRECT writes for a packet that came in there. */
+  addressOf(device: string, family: Family): bigint | undefined;
+  /** Name of who listens there, empty if it cannot be seen; undefined: nobody does. */
+  listener(protocol: "tcp" | "udp", family: Family, address: bigint, port: bigint): string | undefined;
+  /** Has something listening bound exactly this address? */
+  bound(protocol: "tcp" | "udp", family: Family, address: bigint, port: bigint): boolean;
+  /** Seconds since an address was last put on a list of the `recent` match; undefined: not known. */
+  recent(list: string, address: bigint): number | "never" | undefined;
+}
+
+export function test(judge: Test): Step {
+  return (packet, world) => {
+    const tri = judge(packet, world);
+    if (!isUnknown(tri)) return [{ packet, does: tri ? "on" : "miss" }];
+    return [
+      { packet, does: "on", because: tri.unknown },
+      { packet, does: "miss", because: tri.unknown },
+    ];
+  };
+}
+
+export const verdict =
+  (then: Verdict): Step =>
+  (packet) => [{ packet, does: then }];
+
+export const change =
+  (how: (packet: Packet, world: World) => Packet): Step =>
+  (packet, world) => [{ packet: how(packet, world), does: "on" }];
+
+export const nothing: Step = (packet) => [{ packet, does: "on" }];
+
+export const opaque = (because: string): Step => test(() => ({ unknown: because }));
+
+/** @param address undefined: unchanged; several: the kernel chooses */
+export function translate(
+  direction: "source" | "destination",
+  choose: (
+    packet: Packet,
+    world: World,
+  ) => readonly { readonly address: bigint | undefined; readonly port: Span | undefined }[] | string,
+): Step {
+  return (packet, world) => {
+    const side = direction === "source" ? "from" : "to";
+    const chosen = choose(packet, world);
+    if (typeof chosen === "string") return opaque(chosen)(packet, world);
+    return chosen.map(({ address, port }) => {
+      const now = { address: address ?? packet[side].address, port: port ?? packet[side].port };
+      const changed = now.address !== packet[side].address || now.port.low !== packet[side].port.low;
+      return {
+        packet: {
+          ...packet,
+          [side]: now,
+          settled: { ...packet.settled, [direction]: true },
+          translated: { ...packet.translated, [direction]: packet.translated[direction] || changed },
+        },
+        does: { do: "accept" as const },
+        ...(chosen.length > 1 ? { because: "one of several targets is chosen by the kernel" } : {}),
+      };
+    });
+  };
+}
+
+/** What REDIRECT writes: the loopback address for our own packets, else the first address of the interface. (nf_nat_redirect.c) */
+export function redirect(port: Span | undefined): Step {
+  return translate("destination", (packet, world) => {
+    if (packet.in === undefined) return [{ address: packet.family === 4 ? 0x7f000001n : 1n, port }];
+    const address = world.addressOf(packet.in, packet.family);
+    return address === undefined ? `the first address of ${packet.in} is not known` : [{ address, port }];
+  });
+}
+
+/** TPROXY keeps the addresses; without a listener the packet is dropped. (nft_tproxy.c, xt_TPROXY.c) */
+export function tproxy(address: bigint | undefined, port: Span, mark: (old: bigint) => bigint): Step {
+  return (packet, world) => {
+    const at = address ?? world.addressOf(packet.in ?? "lo", packet.family) ?? 0n;
+    if (world.listener(packet.protocol, packet.family, at, port.low) === undefined)
+      return [{ packet, does: { do: "drop" } }];
+    return [{ packet: { ...packet, proxied: port, mark: mark(packet.mark) }, does: { do: "accept" } }];
+  };
+}
+
+/** Masquerading: the address that the outgoing interface would give. */
+export const masquerade: Step = translate("source", (packet, world) => {
+  const route = world.route({ family: packet.family, to: packet.to.address, mark: packet.mark });
+  return route?.source === undefined
+    ? "the source address that masquerading takes is not known"
+    : [{ address: route.source, port: undefined }];
+});
+
+/** Before conntrack has seen it a packet is "invalid" to a rule that asks. (xt_conntrack.c, nft_ct.c) */
+export function ctState(packet: Packet): "new" | "untracked" | "invalid" {
+  if (packet.tracking === "tracked") return "new";
+  return packet.tracking === "untracked" ? "untracked" : "invalid";
+}
+
+export function ctStatus(packet: Packet): readonly string[] {
+  return [
+    ...(packet.confirmed ? ["confirmed"] : []),
+    ...(packet.translated.source ? ["snat"] : []),
+    ...(packet.translated.destination ? ["dnat"] : []),
+  ];
+}
+
+/** Kind of an address as the kernel's routing tables see it: local, unicast, broadcast, multicast … */
+export function addressType(world: World, family: Family, address: bigint): Value | { unknown: string } {
+  const route = world.route({ family, to: address });
+  if (route === undefined) return { unknown: "what kind of address it is" };
+  return route.refused === undefined ? route.type : "unicast";
+}
+
+export function isOurs(rule: TraceRule): boolean {
+  return rule.comment?.startsWith(COMMENT_PREFIX) ?? false;
+}

@@ -1,0 +1,244 @@
+import { type ParsedRule, type ParsedTable, parseSave } from "../parse.ts";
+import { legacyTables, type Reads, refused, tryRun } from "../read.ts";
+import type { Family } from "../rules.ts";
+import { type Base, type Chain, chainKey, type HookName, type Ruleset, type TraceRule } from "./model.ts";
+import { bag, compileExpressions, type Json, type Sets } from "./nftRule.ts";
+import { compileRule } from "./xtables.ts";
+
+/** What the machine's programs print of its rules, for one address family. Empty: there is none of it. */
+export interface Listing {
+  /** `iptables-nft-save` or `ip6tables-nft-save`. */
+  readonly nftSave: string;
+  readonly legacySave: string;
+  /** `nft -j list ruleset` and `nft -a list ruleset`: the first has the meaning, the second the words. */
+  readonly nftJson: string;
+  readonly nftText: string;
+}
+
+/** @throws {VmmeshError} RULES_PRIVILEGE */
+export async function readListing(host: Reads, family: Family): Promise<Listing> {
+  const six = family === 6 ? "6" : "";
+  const print = async (...argv: [string, ...string[]]): Promise<string> => {
+    const result = await tryRun(host, { argv });
+    if (result !== undefined && result.code !== 0 && /permitted|denied|root/i.test(result.stderr))
+      throw refused(result, argv.join(" "));
+    return result?.code === 0 ? result.stdout : "";
+  };
+  const legacy = (await legacyTables(host, family)).length > 0;
+  const [nftSave, legacySave, nftJson, nftText] = await Promise.all([
+    print(`ip${six}tables-nft-save`),
+    // Asked only if the kernel has such tables: the question alone would make them.
+    legacy ? print(`ip${six}tables-legacy-save`) : "",
+    print("nft", "-j", "list", "ruleset"),
+    print("nft", "-a", "list", "ruleset"),
+  ]);
+  return { nftSave, legacySave, nftJson, nftText };
+}
+
+/** Where iptables' tables hang. @see netfilter_ipv4.h, ip_tables' own table modules */
+const TABLES: Readonly<Record<string, { readonly type: string; readonly priority: number }>> = {
+  raw: { type: "filter", priority: -300 },
+  mangle: { type: "filter", priority: -150 },
+  nat: { type: "nat", priority: -100 },
+  filter: { type: "filter", priority: 0 },
+  security: { type: "filter", priority: 50 },
+};
+
+/** Everything in force for one family, foreign rules included. Pure. */
+export function buildRuleset(listing: Listing, family: Family): Ruleset {
+  const chains = new Map<string, Chain>();
+  const bases: Base[] = [];
+  const add = (table: string, name: string, rules: readonly TraceRule[]): Chain => {
+    const chain: Chain = { table, name, rules };
+    chains.set(chainKey(table, name), chain);
+    return chain;
+  };
+  const saved = parseSave(listing.nftSave);
+  const native = readNative(listing, family);
+  for (const table of native) {
+    const save = table.family === "inet" ? undefined : saved.find(({ name }) => name === table.name);
+    const label = save === undefined ? `nft ${table.family} ${table.name}` : `iptables-nft ${table.name}`;
+    for (const { name, base, rules } of table.chains) {
+      const chain = add(label, name, mergeRules(rules, linesOf(save, name), table.sets, save));
+      if (base !== undefined) bases.push({ ...base, chain });
+    }
+  }
+  // Without nft its own tables are known only as iptables prints them.
+  const iptables: [string, ParsedTable[]][] = [
+    [
+      "iptables-nft",
+      saved.filter(({ name }) => !native.some((table) => table.name === name && table.family !== "inet")),
+    ],
+    ["iptables-legacy", parseSave(listing.legacySave)],
+  ];
+  for (const [backend, tables] of iptables) {
+    for (const table of tables) {
+      const label = `${backend} ${table.name}`;
+      const names = new Set(table.chains.keys());
+      for (const [name, policy] of table.chains) {
+        const chain = add(
+          label,
+          name,
+          linesOf(table, name).map((rule) => fromLine(rule, names)),
+        );
+        const hook = HOOKS[name];
+        const place = TABLES[table.name];
+        if (hook === undefined || policy === "-" || place === undefined) continue;
+        const late = place.type === "nat" && (hook === "input" || hook === "postrouting");
+        bases.push({
+          chain,
+          hook,
+          ...place,
+          priority: late ? 100 : place.priority,
+          policy: policy === "DROP" ? "drop" : "accept",
+          device: undefined,
+        });
+      }
+    }
+  }
+  return { bases, chains };
+}
+
+const HOOKS: Readonly<Record<string, HookName>> = {
+  PREROUTING: "prerouting",
+  INPUT: "input",
+  FORWARD: "forward",
+  OUTPUT: "output",
+  POSTROUTING: "postrouting",
+};
+
+const linesOf = (table: ParsedTable | undefined, chain: string): ParsedRule[] =>
+  table?.rules.filter((rule) => rule.chain === chain) ?? [];
+
+function fromLine(rule: ParsedRule, chains: ReadonlySet<string>): TraceRule {
+  return { text: rule.line, comment: rule.comment, steps: compileRule(rule, chains) };
+}
+
+/**
+ * iptables' own words are right where nft sees only "xt", nft's are where somebody put a native rule into iptables' table
+ * (iptables misprints those). Both print every rule of a chain, in order.
+ */
+function mergeRules(
+  rules: readonly NativeRule[],
+  lines: readonly ParsedRule[],
+  sets: Sets,
+  save: ParsedTable | undefined,
+): TraceRule[] {
+  const chains = new Set(save?.chains.keys());
+  const paired = lines.length === rules.length;
+  return rules.map(({ expressions, text, comment }, index) => {
+    const line = paired ? lines[index] : undefined;
+    const foreign = expressions.some((each) => "xt" in bag(each));
+    if (line !== undefined && foreign) return fromLine(line, chains);
+    return {
+      text: line?.line ?? text,
+      comment: comment ?? line?.comment,
+      steps: compileExpressions(expressions, sets),
+    };
+  });
+}
+
+interface NativeRule {
+  readonly expressions: readonly Json[];
+  readonly text: string;
+  readonly comment: string | undefined;
+}
+interface NativeTable {
+  readonly family: string;
+  readonly name: string;
+  readonly sets: Sets;
+  readonly chains: readonly {
+    readonly name: string;
+    readonly base: Omit<Base, "chain"> | undefined;
+    readonly rules: readonly NativeRule[];
+  }[];
+}
+
+const HOOK_NAMES: ReadonlySet<string> = new Set([
+  "ingress",
+  "prerouting",
+  "input",
+  "forward",
+  "output",
+  "postrouting",
+  "egress",
+]);
+
+/** @see libnftables-json(5) */
+function readNative({ nftJson, nftText }: Listing, family: Family): NativeTable[] {
+  const at = nftJson.indexOf("{");
+  if (at < 0) return [];
+  const objects = (bag(JSON.parse(nftJson.slice(at)))["nftables"] as Json[] | undefined) ?? [];
+  const words = wordsByHandle(nftText);
+  const wanted = new Set(["inet", "netdev", family === 4 ? "ip" : "ip6"]);
+  const of = (kind: string): Record<string, Json>[] =>
+    objects.flatMap((object) => {
+      const found = bag(object)[kind];
+      return found !== undefined && wanted.has(String(bag(found)["family"])) ? [{ ...bag(found) }] : [];
+    });
+  const [sets, maps, chains, rules] = [of("set"), of("map"), of("chain"), of("rule")];
+  const ofTable = (things: Record<string, Json>[], table: Record<string, Json>) =>
+    things.filter(({ family: its, table: name }) => its === table["family"] && name === table["name"]);
+  return of("table")
+    .filter(({ flags }) => !(Array.isArray(flags) && flags.includes("dormant")))
+    .map((table): NativeTable => {
+      const byChain = Map.groupBy(ofTable(rules, table), ({ chain }) => String(chain));
+      return {
+        family: String(table["family"]),
+        name: String(table["name"]),
+        sets: new Map(
+          [...ofTable(sets, table), ...ofTable(maps, table)].map(({ name, elem }) => [
+            String(name),
+            ((elem as Json[] | undefined) ?? []).map((each): [Json, Json] =>
+              Array.isArray(each) ? [each[0], each[1]] : [each, undefined],
+            ),
+          ]),
+        ),
+        chains: ofTable(chains, table).map((chain) => ({
+          name: String(chain["name"]),
+          base: baseOf(chain),
+          rules: (byChain.get(String(chain["name"])) ?? []).map(({ expr, handle, comment }) => ({
+            expressions: (expr as Json[] | undefined) ?? [],
+            text:
+              words.get(
+                `${String(table["family"])} ${String(table["name"])} ${String(chain["name"])} ${String(handle)}`,
+              ) ?? `rule with handle ${String(handle)}`,
+            comment: typeof comment === "string" ? comment : undefined,
+          })),
+        })),
+      };
+    });
+}
+
+function baseOf(chain: Record<string, Json>): Omit<Base, "chain"> | undefined {
+  const { hook, type, prio, policy, dev } = chain;
+  if (typeof hook !== "string" || !HOOK_NAMES.has(hook)) return undefined;
+  return {
+    hook: hook as HookName,
+    type: String(type),
+    priority: Number(prio),
+    policy: policy === "drop" ? "drop" : "accept",
+    device: typeof dev === "string" ? dev : undefined,
+  };
+}
+
+/** Every rule in nft's own words, by table, chain and handle. */
+function wordsByHandle(text: string): Map<string, string> {
+  const found = new Map<string, string>();
+  let table = "";
+  let chain = "";
+  for (const line of text.split("\n")) {
+    const opened = /^\s*(table|chain) (.+) \{/.exec(line);
+    if (opened?.[1] === "table") table = opened[2] ?? "";
+    else if (opened?.[1] === "chain") chain = opened[2] ?? "";
+    else {
+      const rule = /^\s*(.+) # handle (\d+)$/.exec(line);
+      if (rule !== null)
+        found.set(
+          `${table} ${chain} ${rule[2]}`,
+          (rule[1] ?? "").replace(/counter packets \d+ bytes \d+/, "counter"),
+        );
+    }
+  }
+  return found;
+}

@@ -1,0 +1,185 @@
+import { PORTS } from "../../core/paths.ts";
+import { type Reads, tryRun } from "../read.ts";
+import type { Family } from "../rules.ts";
+import type { Ruleset } from "./model.ts";
+import { addressNumber, addressText, type Packet, type Sender, span } from "./packet.ts";
+import { buildRuleset, readListing } from "./ruleset.ts";
+import { type HopLine, hopLine, verdictOf } from "./tell.ts";
+import { sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
+import { type Machine, readWorld } from "./world.ts";
+
+/** The first packet of one connection. */
+export interface Question {
+  readonly to: { readonly address: string; readonly port: number };
+  readonly protocol: "tcp" | "udp";
+  /** Who sends it, or from where it comes. */
+  readonly by: { readonly sender: Sender; readonly label: string } | { readonly from: string };
+  /** Default: any that the kernel may choose. */
+  readonly fromPort?: number;
+}
+
+/** The rules and the state of one machine at one moment, for one family. */
+export interface Trace {
+  readonly rules: Ruleset;
+  readonly machine: Machine;
+  readonly forwards: boolean;
+  readonly ephemeral: { readonly low: number; readonly high: number };
+}
+
+/**
+ * Reads everything that decides where a packet goes. Nothing is written.
+ *
+ * @throws {VmmeshError} RULES_PRIVILEGE
+ */
+export async function openTrace(host: Reads, family: Family): Promise<Trace> {
+  const listing = await readListing(host, family);
+  const lists = [...`${listing.nftSave}\n${listing.legacySave}`.matchAll(/-m recent .*?--name (\S+)/g)];
+  const sysctl = async (name: string): Promise<string> =>
+    (await tryRun(host, { argv: ["sysctl", "-n", name] }))?.stdout.trim() ?? "";
+  const [machine, forwarding, range] = await Promise.all([
+    readWorld(host, [...new Set(lists.map(([, name = ""]) => name))]),
+    sysctl(family === 4 ? "net.ipv4.ip_forward" : "net.ipv6.conf.all.forwarding"),
+    sysctl("net.ipv4.ip_local_port_range"),
+  ]);
+  const [low, high] = range.split(/\s+/).map(Number);
+  return {
+    rules: buildRuleset(listing, family),
+    machine,
+    forwards: forwarding === "1",
+    ephemeral: { low: low || 32_768, high: high || 60_999 },
+  };
+}
+
+/** More questions than a walk ever asks: the kernel's answers lead to new ones only where a rule changes the packet. */
+const MAX_ROUNDS = 12;
+
+/** Every way that the packet may take, the ways with the same end side by side. One entry: the answer is certain. */
+export async function ways(trace: Trace, question: Question): Promise<Way[][]> {
+  let found: Way[] = [];
+  for (let round = 0; round < MAX_ROUNDS; round++) {
+    found = walkOnce(trace, question);
+    if (!(await trace.machine.answer())) break;
+  }
+  return sameEnd(found);
+}
+
+function walkOnce({ rules, machine: { world }, forwards, ephemeral }: Trace, question: Question): Way[] {
+  const { to, by, protocol, fromPort } = question;
+  const address = addressNumber(to.address) ?? 0n;
+  const family: Family = to.address.includes(":") ? 6 : 4;
+  const sender = "sender" in by ? by.sender : undefined;
+  const source = "from" in by ? addressNumber(by.from) : undefined;
+  // A packet from outside comes in where the way back to its sender leads.
+  const route = world.route({
+    family,
+    to: source ?? address,
+    ...(sender === undefined ? {} : { uid: sender.uid }),
+  });
+  const port = fromPort === undefined ? span(ephemeral.low, ephemeral.high) : span(fromPort);
+  const ends = {
+    from: { address: source ?? route?.source ?? 0n, port },
+    to: { address, port: span(to.port) },
+  };
+  const packet: Packet = {
+    family,
+    protocol,
+    ...ends,
+    original: ends,
+    mark: 0n,
+    ctMark: 0n,
+    tracking: "not yet",
+    settled: { source: false, destination: false },
+    translated: { source: false, destination: false },
+    in: source === undefined ? undefined : (route?.device ?? ""),
+    out: source === undefined ? (route?.device ?? "") : undefined,
+    sender,
+    confirmed: false,
+    proxied: undefined,
+  };
+  if (route?.refused !== undefined)
+    return [{ packet, hops: [], end: { kind: "unroutable", why: route.refused }, because: [] }];
+  return source === undefined ? walkOut(rules, world, packet) : walkIn(rules, world, packet, forwards);
+}
+
+/** What one end of the packet's way is, for people and for programs. */
+export interface Ending {
+  readonly verdict: string;
+  readonly kind: "envoy" | "delivered" | "leaves" | "refused" | "dropped" | "queued" | "unroutable";
+  /** Where it is in the end; its first destination if it never gets anywhere. */
+  readonly destination: string;
+  readonly hops: readonly HopLine[];
+}
+
+export interface TraceReport {
+  readonly packet: string;
+  /** One sentence; it begins with "may" if nobody but the kernel can know. */
+  readonly verdict: string;
+  readonly certain: boolean;
+  /** What is not known; empty if the answer is certain. */
+  readonly because: readonly string[];
+  readonly ends: readonly Ending[];
+}
+
+/** Walks one packet through everything in force. @throws {VmmeshError} RULES_PRIVILEGE */
+export async function traceStatic(host: Reads, question: Question): Promise<TraceReport> {
+  const family: Family = question.to.address.includes(":") ? 6 : 4;
+  return report(question, await ways(await openTrace(host, family), question));
+}
+
+function report(question: Question, groups: readonly (readonly Way[])[]): TraceReport {
+  const ends = groups.flatMap(([first]) => (first === undefined ? [] : [ending(first)]));
+  const because = [...new Set(groups.flatMap((group) => group.flatMap((each) => each.because)))];
+  const certain = ends.length === 1 && !groups.some((group) => isCut(group));
+  const by = "sender" in question.by ? `of ${question.by.label}` : `from ${question.by.from}`;
+  const to = question.to.address.includes(":") ? `[${question.to.address}]` : question.to.address;
+  const [only] = ends;
+  return {
+    packet: `${question.protocol} ${by} to ${to}:${question.to.port}`,
+    verdict:
+      certain && only !== undefined
+        ? only.verdict
+        : `may go ${ends.length} ways: ${ends.map(({ verdict }) => verdict).join("; or ")}`,
+    certain,
+    because: certain ? [] : because,
+    ends,
+  };
+}
+
+/** Ways that were given up because there are too many. */
+export const isCut = (group: readonly Way[]): boolean =>
+  group.some(({ because }) => because.some((why) => why.startsWith("there are more than")));
+
+function ending(way: Way): Ending {
+  const { packet, end } = way;
+  const at = (address: bigint, port: bigint): string => {
+    const host = addressText(address, packet.family);
+    return `${packet.family === 6 ? `[${host}]` : host}:${port}`;
+  };
+  const kinds = {
+    rejected: "refused",
+    dropped: "dropped",
+    queued: "queued",
+    leaves: "leaves",
+    unroutable: "unroutable",
+  } as const;
+  const envoy =
+    end.kind === "delivered" &&
+    end.listener !== undefined &&
+    (end.port.low === BigInt(PORTS.outbound) || end.port.low === BigInt(PORTS.inbound));
+  return {
+    verdict: verdictOf(way),
+    kind:
+      end.kind === "delivered"
+        ? envoy
+          ? "envoy"
+          : end.listener === undefined
+            ? "refused"
+            : "delivered"
+        : kinds[end.kind],
+    destination:
+      end.kind === "delivered"
+        ? at(packet.to.address, end.port.low)
+        : at(packet.to.address, packet.to.port.low),
+    hops: way.hops.map(hopLine),
+  };
+}

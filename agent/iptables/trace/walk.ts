@@ -1,0 +1,459 @@
+import {
+  type Base,
+  type Chain,
+  chainKey,
+  type HookName,
+  type Route,
+  type RouteQuestion,
+  type Ruleset,
+  type TraceRule,
+  type Turn,
+  type Verdict,
+  type World,
+} from "./model.ts";
+import type { Packet, Span } from "./packet.ts";
+
+/** One rule that did something with the packet. */
+export interface Hop {
+  readonly hook: HookName;
+  readonly chain: Chain;
+  /** undefined: the chain's policy. */
+  readonly rule: TraceRule | undefined;
+  readonly before: Packet;
+  readonly after: Packet;
+  readonly does: "on" | Verdict;
+}
+
+export type End =
+  /** Handed to whoever listens there; `listener` undefined: nobody does. */
+  | { readonly kind: "delivered"; readonly port: Span; readonly listener: string | undefined }
+  | { readonly kind: "leaves"; readonly device: string }
+  | { readonly kind: "dropped" | "rejected" | "queued"; readonly at: Hop }
+  /** By routing, before or between the hooks. */
+  | { readonly kind: "unroutable"; readonly why: string };
+
+/** One way that the packet may take, from its beginning to its end. */
+export interface Way {
+  readonly packet: Packet;
+  readonly hops: readonly Hop[];
+  readonly end: End;
+  /** What would have to be known to choose between this way and the others. */
+  readonly because: readonly string[];
+}
+
+/** One of several possibilities was followed: `choice` says which. */
+interface Assumption {
+  readonly why: string;
+  readonly choice: number;
+}
+
+interface State {
+  readonly packet: Packet;
+  readonly hops: readonly Hop[];
+  readonly because: readonly Assumption[];
+}
+interface Ended extends State {
+  readonly end: "through" | End;
+}
+
+const MAX_WAYS = 64;
+const MAX_DEPTH = 32;
+
+/** All ways of a packet that this machine's own process sends. Pure. */
+export function walkOut(rules: Ruleset, world: World, packet: Packet): Way[] {
+  return hook(rules, world, "output", [start(packet)]).flatMap((state) => {
+    if (state.end !== "through") return [way(state, state.end)];
+    const { packet: now } = state;
+    const moved = now.to.address !== packet.to.address || now.mark !== packet.mark;
+    // A changed destination or mark is routed anew, by the addresses that it has now. (ip_route_me_harder)
+    const route = moved
+      ? world.route(asOutput(now))
+      : { type: kindOf(world, now), device: now.out ?? "", source: undefined };
+    const bad = unroutable(route);
+    if (bad !== undefined || route === undefined) return [way(state, bad ?? unknownRoute)];
+    return leave(rules, world, { ...state, packet: { ...now, out: route.device } }, route);
+  });
+}
+
+/** All ways of a packet that arrives from the network at `packet.in`. Pure. */
+export function walkIn(rules: Ruleset, world: World, packet: Packet, forwards: boolean): Way[] {
+  return hook(rules, world, "ingress", [start(packet)]).flatMap((state) =>
+    state.end === "through"
+      ? hook(rules, world, "prerouting", [state]).flatMap((after) =>
+          after.end === "through" ? arrive(rules, world, after, forwards) : [way(after, after.end)],
+        )
+      : [way(state, state.end)],
+  );
+}
+
+const start = (packet: Packet): State => ({ packet, hops: [], because: [] });
+const way = ({ packet, hops, because }: State, end: End): Way => ({
+  packet,
+  hops,
+  because: [...new Set(because.map(({ why }) => why))],
+  end,
+});
+const unknownRoute: End = { kind: "unroutable", why: "the kernel's route is not known" };
+
+const asOutput = ({ family, to, from, mark, sender }: Packet): RouteQuestion => ({
+  family,
+  to: to.address,
+  from: from.address,
+  mark,
+  ...(sender === undefined ? {} : { uid: sender.uid }),
+});
+
+function kindOf(world: World, packet: Packet): string {
+  return world.route({ family: packet.family, to: packet.to.address })?.type ?? "unicast";
+}
+
+function unroutable(route: Route | undefined): End | undefined {
+  if (route === undefined) return undefined;
+  if (route.refused !== undefined) return { kind: "unroutable", why: route.refused };
+  return /^(blackhole|unreachable|prohibit|throw)$/.test(route.type)
+    ? { kind: "unroutable", why: `the route is of type ${route.type}` }
+    : undefined;
+}
+
+/** Through POSTROUTING, then onto the wire, or by lo into the machine again. */
+function leave(rules: Ruleset, world: World, from: State, route: Route): Way[] {
+  return hook(rules, world, "postrouting", [from]).flatMap((state) => {
+    if (state.end !== "through") return [way(state, state.end)];
+    if (route.type !== "local" && route.device !== "lo") {
+      return hook(rules, world, "egress", [state]).map((after) =>
+        way(after, after.end === "through" ? { kind: "leaves", device: route.device } : after.end),
+      );
+    }
+    // lo takes the socket off the packet and keeps mark and conntrack entry. (loopback_xmit)
+    const { packet } = state;
+    const looped: State = {
+      ...state,
+      packet: { ...packet, in: "lo", out: undefined, sender: undefined, confirmed: true },
+    };
+    return hook(rules, world, "ingress", [looped]).flatMap((entered) =>
+      entered.end === "through"
+        ? hook(rules, world, "prerouting", [entered]).flatMap((after) =>
+            after.end === "through" ? arrive(rules, world, after, true) : [way(after, after.end)],
+          )
+        : [way(entered, entered.end)],
+    );
+  });
+}
+
+/** After PREROUTING: into the machine, or on to somebody else. */
+function arrive(rules: Ruleset, world: World, state: State, forwards: boolean): Way[] {
+  const { packet } = state;
+  const route =
+    packet.in === "lo" || packet.proxied !== undefined
+      ? { type: "local", device: "lo", source: undefined }
+      : world.route({
+          family: packet.family,
+          to: packet.to.address,
+          from: packet.from.address,
+          mark: packet.mark,
+          in: packet.in ?? "",
+        });
+  const bad = unroutable(route);
+  if (bad !== undefined || route === undefined) return [way(state, bad ?? unknownRoute)];
+  if (route.type === "local") {
+    return hook(rules, world, "input", [state]).map((after) =>
+      way(after, after.end === "through" ? deliver(world, after.packet) : after.end),
+    );
+  }
+  if (!forwards)
+    return [way(state, { kind: "unroutable", why: "it is for another machine, and ip_forward is off" })];
+  const forwarded: State = { ...state, packet: { ...packet, out: route.device } };
+  return hook(rules, world, "forward", [forwarded]).flatMap((after) =>
+    after.end === "through" ? leave(rules, world, after, route) : [way(after, after.end)],
+  );
+}
+
+function deliver(world: World, packet: Packet): End {
+  const port = packet.proxied ?? packet.to.port;
+  // A transparent listener takes a packet for any address.
+  const address = packet.proxied === undefined ? packet.to.address : 0n;
+  const listener = world.listener(packet.protocol, packet.family, address, port.low);
+  return { kind: "delivered", port, listener };
+}
+
+/** What the kernel calls at one priority: a chain, conntrack, or all nat chains of the hook. */
+interface Slot {
+  readonly priority: number;
+  readonly label: string;
+  run(states: readonly State[]): Ended[];
+}
+
+const NAT_PRIORITY: Readonly<Partial<Record<HookName, number>>> = {
+  prerouting: -100,
+  output: -100,
+  input: 100,
+  postrouting: 100,
+};
+
+/** @see nf_nat_core.c: all nat chains of a hook are called at one priority, in the order of their own, until one translates. */
+function hook(rules: Ruleset, world: World, name: HookName, states: readonly State[]): Ended[] {
+  const bases = rules.bases.filter(
+    (base) =>
+      base.hook === name &&
+      (base.device === undefined ||
+        states.some(({ packet }) => packet.in === base.device || packet.out === base.device)),
+  );
+  const nat = bases.filter(({ type }) => type === "nat");
+  const natPriority = NAT_PRIORITY[name];
+  const slots: Slot[] = bases
+    .filter(({ type }) => type !== "nat")
+    .map((base) => ({
+      priority: base.priority,
+      label: labelOf(base),
+      run: (current) => current.flatMap((state) => runBase(rules, world, base, state)),
+    }));
+  if (name === "output" || name === "prerouting")
+    slots.push({ priority: -200, label: "conntrack", run: (current) => current.map(tracked) });
+  if (nat.length > 0 && natPriority !== undefined)
+    slots.push({
+      priority: natPriority,
+      label: "nat",
+      run: (current) => current.flatMap((state) => runNat(rules, world, name, nat, state)),
+    });
+  return inOrder(
+    slots,
+    states.map((state) => ({ ...state, end: "through" })),
+    "chains",
+  );
+}
+
+const labelOf = ({ chain }: Base): string => `${chain.table} ${chain.name}`;
+
+const tracked = (state: State): Ended => ({
+  ...state,
+  end: "through",
+  packet: state.packet.tracking === "untracked" ? state.packet : { ...state.packet, tracking: "tracked" },
+});
+
+function runNat(rules: Ruleset, world: World, name: HookName, nat: readonly Base[], state: State): Ended[] {
+  const direction = name === "output" || name === "prerouting" ? "destination" : "source";
+  if (state.packet.tracking !== "tracked" || state.packet.settled[direction])
+    return [{ ...state, end: "through" }];
+  const slots = nat.map((base) => ({
+    priority: base.priority,
+    label: labelOf(base),
+    run: (current: readonly State[]) =>
+      current.flatMap((each): Ended[] =>
+        each.packet.settled[direction] ? [{ ...each, end: "through" }] : runBase(rules, world, base, each),
+      ),
+  }));
+  return inOrder(slots, [{ ...state, end: "through" }], "nat chains").map((ended) => ({
+    ...ended,
+    packet: { ...ended.packet, settled: { ...ended.packet.settled, [direction]: true } },
+  }));
+}
+
+/** Runs slots by priority; those of equal priority in every order, because the kernel shows to nobody in which they were registered. */
+function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): Ended[] {
+  let current = [...from];
+  const priorities = [...new Set(slots.map(({ priority }) => priority))].sort((a, b) => a - b);
+  for (const priority of priorities) {
+    const equal = slots.filter((slot) => slot.priority === priority);
+    const through = (states: readonly Ended[], slot: Slot): Ended[] => [
+      ...states.filter(({ end }) => end !== "through"),
+      ...slot.run(states.filter(({ end }) => end === "through")),
+    ];
+    const why = `${equal.map(({ label }) => label).join(" and ")} are ${what} of equal priority (${priority}): which was registered last, and so runs first, cannot be seen`;
+    const all = orders(equal).map((order) => order.reduce(through, current));
+    const results = sameStates(all)
+      ? (all[0] ?? [])
+      : all.flatMap((states, choice) =>
+          states.map((state) => ({ ...state, because: [...state.because, { why, choice }] })),
+        );
+    current = merged(results);
+  }
+  return current;
+}
+
+/** Do all orders lead to the same? */
+function sameStates(all: readonly (readonly Ended[])[]): boolean {
+  const keys = all.map((states) => [...new Set(states.map(stateKey))].sort().join("\n"));
+  return new Set(keys).size <= 1;
+}
+
+/** Every order of up to three, else there and back. */
+function orders<T>(of: readonly T[]): T[][] {
+  if (of.length > 3) return [[...of], [...of].reverse()];
+  if (of.length < 2) return [[...of]];
+  return of.flatMap((first) => orders(of.filter((each) => each !== first)).map((rest) => [first, ...rest]));
+}
+
+function runBase(rules: Ruleset, world: World, base: Base, state: State): Ended[] {
+  return runChain(rules, world, base.hook, base.chain, state, 0).map((ended) => {
+    if (ended.end !== "through" || base.policy === "accept") return ended;
+    if (ended.accepted) return ended;
+    const at: Hop = {
+      hook: base.hook,
+      chain: base.chain,
+      rule: undefined,
+      before: ended.packet,
+      after: ended.packet,
+      does: { do: "drop" },
+    };
+    return { ...ended, hops: [...ended.hops, at], end: { kind: "dropped", at } };
+  });
+}
+
+interface ChainEnd extends Ended {
+  /** A verdict, not the end of the chain. */
+  readonly accepted: boolean;
+}
+
+function runChain(
+  rules: Ruleset,
+  world: World,
+  name: HookName,
+  chain: Chain,
+  state: State,
+  depth: number,
+): ChainEnd[] {
+  const done: ChainEnd[] = [];
+  let going: State[] = [state];
+  for (const rule of chain.rules) {
+    if (going.length === 0) break;
+    const next: State[] = [];
+    for (const each of going) {
+      for (const turn of runRule(rule, each.packet, world)) {
+        const because = [...each.because, ...turn.because];
+        if (turn.does === "miss" && turn.packet === each.packet) {
+          next.push({ ...each, because });
+          continue;
+        }
+        const then = turn.does === "miss" ? "on" : turn.does;
+        const hop: Hop = { hook: name, chain, rule, before: each.packet, after: turn.packet, does: then };
+        const quiet = then === "on" && turn.packet === each.packet;
+        const after: State = { packet: turn.packet, hops: quiet ? each.hops : [...each.hops, hop], because };
+        if (then === "on") next.push(after);
+        else if (then.do === "return") done.push({ ...after, end: "through", accepted: false });
+        else if (then.do === "jump" || then.do === "goto") {
+          const target = rules.chains.get(chainKey(chain.table, then.chain));
+          const inner: ChainEnd[] =
+            target === undefined || depth >= MAX_DEPTH
+              ? [{ ...after, end: "through", accepted: false }]
+              : runChain(rules, world, name, target, after, depth + 1);
+          for (const end of inner) {
+            if (then.do === "jump" && end.end === "through" && !end.accepted) next.push(end);
+            else done.push(end);
+          }
+        } else done.push({ ...after, ...ended(then.do, hop, world) });
+      }
+    }
+    going = next.length > 1 ? merged(next) : next;
+  }
+  return [...done, ...going.map((each): ChainEnd => ({ ...each, end: "through", accepted: false }))];
+}
+
+function ended(
+  what: "accept" | "drop" | "reject" | "queue",
+  at: Hop,
+  world: World,
+): Pick<ChainEnd, "end" | "accepted"> {
+  if (what === "accept") return { end: "through", accepted: true };
+  const heard = what === "reject" && !isLost(at, world);
+  const kind = heard ? "rejected" : what === "queue" ? "queued" : "dropped";
+  return { end: { kind, at }, accepted: true };
+}
+
+/** A refusal from an address that is not ours to a sender on loopback has no route: nobody hears it. (measured; ip_route_me_harder) */
+function isLost({ hook: name, after: { family, from, to } }: Hop, world: World): boolean {
+  const loopback = (address: bigint): boolean => address >> 24n === 127n;
+  return (
+    name === "output" &&
+    family === 4 &&
+    loopback(from.address) &&
+    !loopback(to.address) &&
+    world.route({ family, to: to.address })?.type !== "local"
+  );
+}
+
+interface RuleTurn {
+  readonly packet: Packet;
+  readonly does: Turn["does"];
+  readonly because: readonly Assumption[];
+}
+
+/** All steps of one rule, one after the other, until one misses or decides. */
+function runRule(rule: TraceRule, packet: Packet, world: World): RuleTurn[] {
+  let going: RuleTurn[] = [{ packet, does: "on", because: [] }];
+  const done: RuleTurn[] = [];
+  for (const step of rule.steps) {
+    const next: RuleTurn[] = [];
+    for (const at of going) {
+      for (const [choice, turn] of step(at.packet, world).entries()) {
+        const why = `${turn.because} (in \`${rule.text}\`)`;
+        const because = turn.because === undefined ? at.because : [...at.because, { why, choice }];
+        (turn.does === "on" ? next : done).push({ ...turn, because });
+      }
+    }
+    going = next;
+  }
+  return [...done, ...going];
+}
+
+/** Ways that have become the same are one again, and nothing that only one of them assumed matters any more. */
+function merged<S extends State>(states: readonly S[]): S[] {
+  const by = new Map<string, S>();
+  for (const state of states) {
+    const key = stateKey(state);
+    const other = by.get(key);
+    by.set(
+      key,
+      other === undefined
+        ? state
+        : {
+            ...other,
+            because: other.because.filter((one) => state.because.some((two) => sameAssumption(one, two))),
+          },
+    );
+  }
+  const all = [...by.values()];
+  if (all.length <= MAX_WAYS) return all;
+  const why = `there are more than ${MAX_WAYS} ways, and only as many were followed`;
+  return all
+    .slice(0, MAX_WAYS)
+    .map((state) => ({ ...state, because: [...state.because, { why, choice: 0 }] }));
+}
+
+const sameAssumption = (one: Assumption, two: Assumption): boolean =>
+  one.why === two.why && one.choice === two.choice;
+
+function stateKey(state: State & { readonly end?: "through" | End }): string {
+  return JSON.stringify([packetKey(state.packet), state.end === undefined ? "" : endKey(state.end)]);
+}
+
+const packetKey = (packet: Packet): string =>
+  JSON.stringify(packet, (_, value) => (typeof value === "bigint" ? value.toString() : value));
+
+function endKey(end: "through" | End): string {
+  if (end === "through") return end;
+  switch (end.kind) {
+    case "delivered":
+      return `delivered ${end.port.low} ${end.listener ?? "-"}`;
+    case "leaves":
+      return `leaves ${end.device}`;
+    case "unroutable":
+      return `unroutable ${end.why}`;
+    default:
+      return end.kind;
+  }
+}
+
+/** Ways with the same end, as far as the sender and the receiver can tell. */
+export function sameEnd(ways: readonly Way[]): Way[][] {
+  const by = new Map<string, Way[]>();
+  for (const each of ways) {
+    const { to, from, translated } = each.packet;
+    const reached = each.end.kind === "delivered" || each.end.kind === "leaves";
+    const key = [
+      endKey(each.end),
+      ...(reached ? [to.address, to.port.low, translated.source ? from.address : ""] : []),
+    ].join(" ");
+    by.set(key, [...(by.get(key) ?? []), each]);
+  }
+  return [...by.values()];
+}
