@@ -41,6 +41,7 @@ export async function stopRepairs(services: Services): Promise<void> {
   await services.stop(UNITS.mendRun);
   await services.stop(UNITS.repairRun);
   await services.stop(UNITS.hold);
+  await services.stop(UNITS.holdInput);
 }
 
 const START_TIMEOUT_MS = 90_000;
