@@ -63,12 +63,15 @@ export async function apply(options: Options): Promise<number> {
 export async function audit(options: Options): Promise<number> {
   const { host, paths } = openContext(options);
   const joined = (await host.files.stat(paths.clusterEnv)) !== undefined;
+  const started = host.clock.monotonicMs();
   const findings = await auditCapture(host, joined ? paths.rules : undefined);
-  if (wantsJson(options)) print({ findings });
+  const tookMs = Math.round(host.clock.monotonicMs() - started);
+  if (wantsJson(options)) print({ findings, tookMs });
   else {
     const wrong = findings.some(({ severity }) => severity !== "info");
     const verdict = wrong ? [] : ["nothing wrong found: capture is complete and in order"];
     print([...verdict, ...findings.map(tell)].join("\n\n"));
+    say(`looked for ${tookMs} ms`);
   }
   return auditExitCode(findings);
 }

@@ -68,19 +68,18 @@ async function listens(host: Pick<Host, "files">, family: Family): Promise<boole
   return new RegExp(`^ *\\d+: [0-9A-F]+:${port} [0-9A-F]+:0000 0A `, "m").test(sockets);
 }
 
-/** The last word of the audit: what a connection meets, for each family that is captured. Empty if all of them met Envoy. */
-export async function probeFindings(
+/** The last word of the audit: what a connection meets, for each family that is captured. */
+export async function probeFamilies(
   host: Pick<Host, "run" | "files">,
   rulesDir: string | undefined,
-): Promise<Finding[]> {
+): Promise<ProbeResult[]> {
   const plan =
     rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state.plan;
   const probed = (plan?.families ?? []).filter(({ family, rules }) => {
     const cidr = hostCidr(PROBE_ADDRESS[family], family);
     return rules.some(({ when }) => when.some((match) => match.is === "to" && match.cidr === cidr));
   });
-  const results = await Promise.all(probed.map(({ family }) => probeCapture(host, family)));
-  return results.flatMap(judgeProbe);
+  return Promise.all(probed.map(({ family }) => probeCapture(host, family)));
 }
 
 /** What a probe's result means for an operator. Pure. */

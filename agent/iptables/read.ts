@@ -5,6 +5,7 @@ import {
   KNOWN_DIVERTERS,
   ownerOfChain,
   type ParsedRule,
+  type ParsedTable,
   parseListeners,
   parseRules,
   parseSave,
@@ -78,10 +79,15 @@ export function chooseBackend(
 export async function backendEvidence(host: Reads, backend: Backend): Promise<BackendEvidence> {
   const program = `iptables-${backend}`;
   const version = await tryRun(host, { argv: [program, "--version"] });
-  if (version?.code !== 0) return { installed: false, rules: 0, natRules: 0, kubernetes: false };
+  if (version?.code !== 0) return evidenceOf(undefined);
   // Without -t, legacy's save prints the registered tables and registers none.
   const save = await tryRun(host, { argv: [`${program}-save`] });
-  const tables = parseSave(save?.stdout ?? "");
+  return evidenceOf(parseSave(save?.stdout ?? ""));
+}
+
+/** The same of what was saved already; undefined: the program is not installed. Pure. */
+export function evidenceOf(tables: readonly ParsedTable[] | undefined): BackendEvidence {
+  if (tables === undefined) return { installed: false, rules: 0, natRules: 0, kubernetes: false };
   const chains = tables.flatMap((table) => [...table.chains.keys()]);
   return {
     installed: true,

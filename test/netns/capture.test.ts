@@ -327,7 +327,7 @@ describe("audit", () => {
     await lab.insideShell(KUBE_PREPEND);
     await lab.insideShell("ip6tables-nft -t nat -F OUTPUT");
     const found = await auditCapture(lab.host, lab.rulesDir);
-    expect(found.map(({ id }) => id)).toEqual(["FW001", "FW002"]);
+    expect(found.map(({ id }) => id)).toEqual(["FW001", "FW002", "FW010", "FW034"]);
     expect(auditExitCode(found)).toBe(2);
     await removeCapture(lab.host, lab.rulesDir);
     expect(await auditCapture(lab.host, undefined)).toEqual([]);

@@ -1,13 +1,18 @@
 import type { Host } from "../../platform/host.ts";
-import { probeFindings } from "../probe.ts";
+import { judgeProbe, probeFamilies } from "../probe.ts";
 import type { Evidence } from "./evidence.ts";
 import { exemptionFindings } from "./exemptions.ts";
 import { type Finding, finding } from "./finding.ts";
 import { gather } from "./gather.ts";
 import { inboundFindings } from "./inbound.ts";
+import { enforcementFindings, kernelFindings } from "./kernel.ts";
+import { kubernetesFindings, localServiceFindings } from "./kubernetes.ts";
+import { mismatchFindings } from "./mismatch.ts";
 import { orderFindings } from "./order.ts";
 import { residueFindings } from "./residue.ts";
+import { rivalFindings } from "./rivals.ts";
 import { shadowingFindings } from "./shadowing.ts";
+import { trackingFindings } from "./tracking.ts";
 
 /** Every finding that the evidence supports, by id. Pure. */
 export function judge(evidence: Evidence): Finding[] {
@@ -26,10 +31,20 @@ export function judge(evidence: Evidence): Finding[] {
   const { confirmed } = evidence;
   return [
     ...residueFindings(evidence),
+    ...kernelFindings(evidence),
+    ...kubernetesFindings(evidence),
     ...(confirmed === undefined ? [] : orderFindings(evidence, confirmed.plan, confirmed.printed)),
     ...(confirmed === undefined ? [] : shadowingFindings(evidence, confirmed)),
     ...(confirmed === undefined ? [] : exemptionFindings(evidence, confirmed.plan)),
-    ...(confirmed === undefined ? [] : inboundFindings(evidence, confirmed.plan)),
+    ...(confirmed === undefined
+      ? []
+      : [
+          ...inboundFindings(evidence, confirmed.plan),
+          ...enforcementFindings(evidence, confirmed.plan),
+          ...localServiceFindings(evidence, confirmed.plan),
+          ...trackingFindings(evidence, confirmed.plan),
+          ...rivalFindings(evidence, confirmed.plan),
+        ]),
   ].sort((a, b) => a.id.localeCompare(b.id));
 }
 
@@ -40,8 +55,11 @@ export function judge(evidence: Evidence): Finding[] {
  * @param rulesDir undefined on a machine that is not joined
  */
 export async function auditCapture(
-  host: Pick<Host, "run" | "files" | "random">,
+  host: Pick<Host, "run" | "files" | "clock">,
   rulesDir: string | undefined,
 ): Promise<Finding[]> {
-  return [...judge(await gather(host, rulesDir)), ...(await probeFindings(host, rulesDir))];
+  // One after the other: what the probe itself changes is not to be read as the machine's own.
+  const judged = judge(await gather(host, rulesDir));
+  const probes = await probeFamilies(host, rulesDir);
+  return [...judged, ...mismatchFindings(judged, probes), ...probes.flatMap(judgeProbe)];
 }

@@ -1,6 +1,54 @@
 import type { GenerationFile } from "../apply.ts";
-import type { BaseChain, ListeningSocket, ParsedRule } from "../parse.ts";
+import type { BaseChain, ListeningSocket, ParsedRule, ParsedTable } from "../parse.ts";
+import type { Backend } from "../plan/wish.ts";
 import type { BackendEvidence, SeenTable } from "../read.ts";
+import type { Family } from "../rules.ts";
+
+/** What one `ip[6]tables-BACKEND-save` printed. */
+export interface Save {
+  readonly backend: Backend;
+  readonly family: Family;
+  readonly tables: readonly ParsedTable[];
+  /** What the program says that it cannot show, one line each. */
+  readonly complaints: readonly string[];
+}
+
+/** A systemd unit as `systemctl show` has it. */
+export interface Unit {
+  readonly id: string;
+  readonly active: boolean;
+  readonly enabled: boolean;
+  readonly after: readonly string[];
+}
+
+/** The machine beside its rules. */
+export interface Surroundings {
+  readonly interfaces: readonly string[];
+  readonly addresses: readonly { readonly device: string; readonly address: string }[];
+  readonly forwards: boolean;
+  /** Programs on connect(2) of a cgroup, and what gives away that there are some. */
+  readonly socketPrograms: readonly string[];
+  /** Ports that kube-proxy publishes in its own nft table. */
+  readonly nftNodePorts: readonly number[];
+  /** Text of /proc/self/uid_map. */
+  readonly uidMap: string;
+  readonly units: readonly Unit[];
+  /** Configuration of other firewall programs, by path; what is not there is missing. */
+  readonly config: Readonly<Record<string, string>>;
+  readonly firewalldVersion: string | undefined;
+  /** One entry for each run that mended something in the last ten minutes: what it said. */
+  readonly repairs: readonly (readonly string[])[];
+  /** iptables-legacy: how long reading took, and processes whose lock is another file. */
+  readonly lock: { readonly waitedMs: number; readonly strangers: readonly string[] };
+  /** Lines of `ip rule`, both families. */
+  readonly routingRules: readonly string[];
+  /** Entries, room, and packets lost while the audit looked. */
+  readonly conntrack: { readonly count: number; readonly max: number; readonly lost: number };
+  /** Lines of established TCP flows, as /proc/net/nf_conntrack has them. */
+  readonly flows: readonly string[];
+  /** Uid by local port of open TCP sockets. */
+  readonly socketOwners: ReadonlyMap<number, number>;
+}
 
 /** All that `judge` may know. Gathered without writing anything. */
 export interface Evidence {
@@ -16,6 +64,10 @@ export interface Evidence {
   /** Our nft tables as printed now. */
   readonly nftNow: Readonly<Record<string, string | undefined>>;
   readonly baseChains: readonly BaseChain[];
+  readonly saves: readonly Save[];
+  /** nft tables that are listed but not in force. */
+  readonly dormant: readonly string[];
+  readonly around: Surroundings;
   readonly backends: { readonly nft: BackendEvidence; readonly legacy: BackendEvidence };
   readonly legacyTables: readonly string[];
   /** Chain INPUT of table filter with the chains that it jumps to. */

@@ -1,22 +1,25 @@
 import { VmmeshError } from "../../core/errors.ts";
 import { readState } from "../apply.ts";
-import { type ParsedRule, parseBaseChains, parseListeners, parseRule, parseSave } from "../parse.ts";
+import { type ParsedTable, parseBaseChains, parseListeners, parseRule } from "../parse.ts";
 import type { CapturePlan } from "../plan.ts";
 import {
   type BackendEvidence,
-  backendEvidence,
+  evidenceOf,
   legacyTables,
   listNftTable,
   type Reads,
   readSshPorts,
   readTables,
+  type SeenTable,
   tryRun,
 } from "../read.ts";
 import { renderPlan } from "../render.ts";
 import { missingRouting } from "../routing.ts";
 import { CHAIN, type Family } from "../rules.ts";
 import { nftTables, restoreCommand } from "../undo.ts";
-import type { Evidence } from "./evidence.ts";
+import type { Evidence, Save } from "./evidence.ts";
+import { inputOf } from "./input.ts";
+import { type Gathers, NOTHING_AROUND, readSaves, readSurroundings } from "./surroundings.ts";
 
 /** Files that other programs load at boot (firewall.md, FW031). */
 const PERSISTED = [
@@ -32,7 +35,7 @@ const PERSISTED = [
 ];
 
 /** Everything that `judge` needs, without writing anything; with `noPrivilege` if the firewall cannot be read. */
-export async function gather(host: Reads, rulesDir: string | undefined): Promise<Evidence> {
+export async function gather(host: Gathers, rulesDir: string | undefined): Promise<Evidence> {
   try {
     return await gatherAll(host, rulesDir);
   } catch (thrown) {
@@ -47,6 +50,9 @@ export async function gather(host: Reads, rulesDir: string | undefined): Promise
       strayRules: [],
       nftNow: {},
       baseChains: [],
+      saves: [],
+      dormant: [],
+      around: NOTHING_AROUND,
       backends: { nft: none, legacy: none },
       legacyTables: [],
       input: { policy: "ACCEPT", chains: new Map() },
@@ -63,36 +69,47 @@ export async function gather(host: Reads, rulesDir: string | undefined): Promise
   }
 }
 
-async function gatherAll(host: Reads, rulesDir: string | undefined): Promise<Evidence> {
+async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<Evidence> {
   await checkPrivilege(host);
   const confirmed =
     rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state;
   const plan = confirmed?.plan;
-  const tables = plan === undefined ? [] : await readTables(host, plan);
-  const nftNow: Record<string, string | undefined> = {};
-  for (const name of plan === undefined ? [] : nftTables(plan)) nftNow[name] = await listNftTable(host, name);
-  const [nft, legacy] = await Promise.all([backendEvidence(host, "nft"), backendEvidence(host, "legacy")]);
-  const [chains, tcp, udp, ps, routes] = await Promise.all([
+  const [seen, saves, chains, tcp, udp, ps, routes, around, ours] = await Promise.all([
+    readTablesOrWhy(host, plan),
+    readSaves(host),
     tryRun(host, { argv: ["nft", "list", "chains"] }),
     tryRun(host, { argv: ["ss", "-ltnpH"] }),
     tryRun(host, { argv: ["ss", "-lunpH"] }),
     tryRun(host, { argv: ["ps", "-eo", "pid=,uid=,comm="] }),
     tryRun(host, { argv: ["ip", "-6", "route", "show", "default"] }),
+    readSurroundings(host),
+    Promise.all(
+      (plan === undefined ? [] : nftTables(plan)).map(
+        async (name) => [name, await listNftTable(host, name)] as const,
+      ),
+    ),
   ]);
+  const [nft, legacy] = (["nft", "legacy"] as const).map((backend) =>
+    evidenceOf(saves.find((save) => save.backend === backend && save.family === 4)?.tables),
+  );
+  if (nft === undefined || legacy === undefined) throw new Error("two backends were asked for");
   const backend = plan?.backend ?? (nft.rules >= legacy.rules ? "nft" : "legacy");
-  const save = await readSave(host, backend);
+  const tables = saves.find((save) => save.backend === backend && save.family === 4)?.tables ?? [];
   const baseChains = parseBaseChains(chains?.stdout ?? "");
   return {
     noPrivilege: undefined,
     confirmed,
     overdueTrial: rulesDir !== undefined && (await isOverdue(host, rulesDir)),
-    tables,
-    strayRules: plan === undefined ? strayRules(save) : [],
-    nftNow,
+    tables: seen.tables,
+    strayRules: plan === undefined ? strayRules(tables) : [],
+    nftNow: Object.fromEntries(ours),
     baseChains,
+    saves: seen.why === undefined ? saves : [...saves, seen.why],
+    dormant: await dormantTables(host, ours, nft.rules),
+    around,
     backends: { nft, legacy },
     legacyTables: await legacyTables(host, 4),
-    input: inputOf(save),
+    input: inputOf(tables),
     listeners: parseListeners(tcp?.stdout ?? ""),
     udpListeners: parseListeners(udp?.stdout ?? ""),
     processes: parseProcesses(ps?.stdout ?? ""),
@@ -102,7 +119,7 @@ async function gatherAll(host: Reads, rulesDir: string | undefined): Promise<Evi
     refusal: plan === undefined ? undefined : await refusalOf(host, plan),
     routing: plan === undefined ? [] : await missingRouting(host, plan),
     traces: [
-      ...parseSave(save).flatMap(({ rules }) =>
+      ...tables.flatMap(({ rules }) =>
         rules.filter(({ target }) => target === "TRACE").map(({ line }) => line),
       ),
       ...baseChains
@@ -110,6 +127,37 @@ async function gatherAll(host: Reads, rulesDir: string | undefined): Promise<Evi
         .map(({ table }) => `table ${table}`),
     ],
   };
+}
+
+/** A table that iptables cannot show ends its reading (exit code 3): a finding, not the end of the audit. */
+async function readTablesOrWhy(
+  host: Reads,
+  plan: CapturePlan | undefined,
+): Promise<{ tables: SeenTable[]; why?: Save }> {
+  if (plan === undefined) return { tables: [] };
+  try {
+    return { tables: await readTables(host, plan) };
+  } catch (thrown) {
+    if (!(thrown instanceof VmmeshError) || thrown.code !== "RULES_REJECTED") throw thrown;
+    const why = thrown.cause instanceof Error ? thrown.cause.message : thrown.message;
+    return { tables: [], why: { backend: plan.backend ?? "nft", family: 4, tables: [], complaints: [why] } };
+  }
+}
+
+/** Listing a table takes a second beside 20,000 rules, and nothing cheaper shows the flag. */
+const SMALL = 2000;
+
+async function dormantTables(
+  host: Reads,
+  ours: readonly (readonly [string, string | undefined])[],
+  rules: number,
+): Promise<string[]> {
+  const shared = rules === 0 || rules > SMALL ? [] : ["ip nat", "ip6 nat", "ip mangle", "ip raw"];
+  const texts = [
+    ...ours,
+    ...(await Promise.all(shared.map(async (name) => [name, await listNftTable(host, name)] as const))),
+  ];
+  return texts.flatMap(([name, text]) => (/^\s*flags [^;\n]*dormant/m.test(text ?? "") ? [name] : []));
 }
 
 async function checkPrivilege(host: Reads): Promise<void> {
@@ -121,27 +169,15 @@ async function checkPrivilege(host: Reads): Promise<void> {
   }
 }
 
-async function readSave(host: Reads, backend: "nft" | "legacy"): Promise<string> {
-  return (await tryRun(host, { argv: [`iptables-${backend}-save`] }))?.stdout ?? "";
-}
-
 const OUR_CHAINS: ReadonlySet<string> = new Set(Object.values(CHAIN));
 
-function strayRules(save: string): string[] {
-  return parseSave(save).flatMap(({ name, rules, chains }) => [
+function strayRules(tables: readonly ParsedTable[]): string[] {
+  return tables.flatMap(({ name, rules, chains }) => [
     ...rules.filter(({ chain }) => OUR_CHAINS.has(chain)).map(({ line }) => `${name}: ${line}`),
     ...[...chains.keys()]
       .filter((chain) => OUR_CHAINS.has(chain) && !rules.some((rule) => rule.chain === chain))
       .map((chain) => `${name}: empty chain ${chain}`),
   ]);
-}
-
-function inputOf(save: string): Evidence["input"] {
-  const filter = parseSave(save).find(({ name }) => name === "filter");
-  const chains = new Map<string, ParsedRule[]>();
-  for (const chain of filter?.chains.keys() ?? []) chains.set(chain, []);
-  for (const rule of filter?.rules ?? []) chains.get(rule.chain)?.push(rule);
-  return { policy: filter?.chains.get("INPUT") ?? "ACCEPT", chains };
 }
 
 function parseProcesses(text: string): Evidence["processes"] {

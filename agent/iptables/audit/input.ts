@@ -1,4 +1,4 @@
-import type { ParsedRule } from "../parse.ts";
+import type { ParsedRule, ParsedTable } from "../parse.ts";
 import type { Evidence } from "./evidence.ts";
 
 /**
@@ -8,12 +8,12 @@ import type { Evidence } from "./evidence.ts";
 export function inputVerdict(
   input: Evidence["input"],
   port: number,
-  redirected: boolean,
+  redirectedFrom: number | undefined,
 ): "accepted" | "denied" | "unknown" {
   let unsure = false;
   const walk = (chain: string, depth: number): "accepted" | "denied" | "return" => {
     for (const rule of input.chains.get(chain) ?? []) {
-      const matched = matchesNewTcp(rule, port, redirected);
+      const matched = matchesNewTcp(rule, port, redirectedFrom);
       if (matched === "no") continue;
       const target = rule.target ?? "";
       const end =
@@ -37,7 +37,11 @@ export function inputVerdict(
   return input.policy === "DROP" ? "denied" : "accepted";
 }
 
-function matchesNewTcp({ words }: ParsedRule, port: number, redirected: boolean): "yes" | "no" | "may" {
+function matchesNewTcp(
+  { words }: ParsedRule,
+  port: number,
+  redirectedFrom: number | undefined,
+): "yes" | "no" | "may" {
   let answer: "yes" | "may" = "yes";
   for (let at = 2; at < words.length; at += 1) {
     const value = words[at + 1] ?? "";
@@ -72,10 +76,19 @@ function matchesNewTcp({ words }: ParsedRule, port: number, redirected: boolean)
       case "--ctstate":
       case "--state": {
         const states = value.split(",");
-        if (!holds(states.includes("NEW") || (redirected && states.includes("DNAT")))) return "no";
+        if (!holds(states.includes("NEW") || (redirectedFrom !== undefined && states.includes("DNAT"))))
+          return "no";
         at += 1;
         break;
       }
+      case "--ctorigdstport":
+        if (!holds(inPorts(value, redirectedFrom ?? port))) return "no";
+        at += 1;
+        break;
+      case "--dst-type":
+        if (!holds(value === "LOCAL")) return "no";
+        at += 1;
+        break;
       case "--tcp-flags":
         at += 2;
         break;
@@ -91,4 +104,13 @@ function inPorts(list: string, port: number): boolean {
     const [from, to] = item.split(":").map(Number);
     return from !== undefined && port >= from && port <= (to ?? from);
   });
+}
+
+/** Table filter of one save, for `inputVerdict`. */
+export function inputOf(tables: readonly ParsedTable[]): Evidence["input"] {
+  const filter = tables.find(({ name }) => name === "filter");
+  const chains = new Map<string, ParsedRule[]>();
+  for (const chain of filter?.chains.keys() ?? []) chains.set(chain, []);
+  for (const rule of filter?.rules ?? []) chains.get(rule.chain)?.push(rule);
+  return { policy: filter?.chains.get("INPUT") ?? "ACCEPT", chains };
 }

@@ -94,5 +94,24 @@ export function orderFindings(
             REPAIR,
           ),
         )),
+    ...when(
+      evidence.tables.flatMap((seen) =>
+        seen.own
+          .filter(
+            (line) =>
+              /-p tcp .*-j REDIRECT/.test(line) && !/--tcp-flags FIN,SYN,RST,ACK SYN |--syn /.test(line),
+          )
+          .map((line) => `${place(seen)}: ${line}`),
+      ),
+      (lines) =>
+        finding(
+          "FW024",
+          "medium",
+          "a redirect takes more than first segments: it can end connections that are open",
+          lines,
+          "Write the table again.",
+          REPAIR,
+        ),
+    ),
   ];
 }
