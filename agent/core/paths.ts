@@ -14,6 +14,8 @@ export interface Paths {
   readonly state: string;
   readonly token: string;
   readonly identity: string;
+  /** The configuration that Envoy accepted last; no secrets in it. vmmesh 0600. */
+  readonly lastGood: string;
   /** What root acts on: journal of a join, rules in force. root 0700. */
   readonly hostState: string;
   readonly journal: string;
@@ -55,6 +57,7 @@ export function paths(root = "/"): Paths {
     state: at("/var/lib/vmmesh"),
     token: at("/var/lib/vmmesh/token"),
     identity: at("/var/lib/vmmesh/identity"),
+    lastGood: at("/var/lib/vmmesh/last-good"),
     hostState: at("/var/lib/vmmesh-host"),
     journal: at("/var/lib/vmmesh-host/join.json"),
     lock: at("/var/lib/vmmesh-host/lock"),

@@ -26,6 +26,7 @@ import { createMetrics } from "../telemetry/metrics.ts";
 import { Notifier } from "../telemetry/notify.ts";
 import { parseAppTargets, serveScrape } from "../telemetry/scrape.ts";
 import type { StatusSnapshot } from "../telemetry/status.ts";
+import { LastGoodFile } from "../xds/lastGood.ts";
 import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
 import { captureWords } from "./capture.ts";
 import { readCaptureState } from "./captureState.ts";
@@ -159,6 +160,33 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
             "Mutual TLS and identities are whole. Declare the protocol of ports; for Istio's telemetry run the Envoy of your Istio release (--envoy).",
           );
         return;
+      case "restored":
+        metrics.xdsStale.set(1);
+        conditions.raise(
+          "configuration-stale",
+          "warning",
+          `no control plane answers: Envoy has the configuration that was saved at ${event.savedAt.toISOString()}`,
+          "A policy that has changed since does not apply before the control plane is back.",
+        );
+        return;
+      case "fresh":
+        metrics.xdsStale.set(0);
+        conditions.clear("configuration-stale");
+        conditions.clear("last-good-failed");
+        return;
+      case "last-good-ended":
+        metrics.xdsStale.set(0);
+        conditions.clear("configuration-stale");
+        log.warning("the certificate of the saved configuration has ended: it is not served any more");
+        return;
+      case "last-good-failed":
+        conditions.raise(
+          "last-good-failed",
+          "warning",
+          `a start without a control plane finds no configuration: ${event.error.message}`,
+          event.error.next ?? "Look for free space below /var/lib/vmmesh.",
+        );
+        return;
       case "reopened":
         log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);
         return;
@@ -195,6 +223,17 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       : {}),
     inboundPorts:
       workload.inbound.kind === "ports" ? workload.inbound.ports : workload.ports.map(({ port }) => port),
+    lastGood: new LastGoodFile({
+      host,
+      path: paths.lastGood,
+      owner: {
+        spiffe,
+        node: `${workload.instanceName}.${workload.namespace}`,
+        cluster: workload.clusterId,
+        discovery: workload.discoveryAddress,
+      },
+      notAfter: () => svids.value?.notAfter,
+    }),
     onEvent,
   });
 
@@ -230,7 +269,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
   const ownGroup = () => ({ uid: owners.agent.uid, gid: owners.agent.gid });
 
   const snapshot = async (): Promise<StatusSnapshot> => {
-    const { connectedTo, since, types } = relay.status();
+    const { connectedTo, since, staleSince, types } = relay.status();
     const capture = await readCaptureState(host.files, paths);
     const when = (date: Date | undefined) => date?.toISOString();
     const connectedSince = when(connectedTo === undefined ? lostAt : since);
@@ -255,6 +294,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         ...(connectedTo === undefined ? {} : { address: connectedTo }),
         ...(connectedSince === undefined ? {} : { since: connectedSince }),
         ...(lastRejection === undefined ? {} : { lastRejection }),
+        ...(staleSince === undefined ? {} : { staleSince: staleSince.toISOString() }),
       },
       envoy: { state: envoyWaits ?? "ready" },
       capture: {

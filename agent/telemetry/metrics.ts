@@ -83,6 +83,11 @@ export const METRICS = {
     type: "gauge",
     help: "1 while the control plane is connected.",
   },
+  xdsStale: {
+    name: "vmmesh_xds_stale",
+    type: "gauge",
+    help: "1 while Envoy is served the configuration that was saved before this start, because no control plane answers.",
+  },
   xdsReconnects: {
     name: "vmmesh_xds_reconnects_total",
     type: "counter",

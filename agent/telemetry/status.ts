@@ -28,6 +28,8 @@ export interface StatusSnapshot {
     /** Of the connection, or of its loss. */
     readonly since?: Moment;
     readonly lastRejection?: string;
+    /** When the configuration was saved, while Envoy is served what is on disk. */
+    readonly staleSince?: Moment;
     readonly resources: Readonly<Record<string, number>>;
   };
   readonly envoy: { readonly version?: string; readonly state: string };
@@ -141,6 +143,8 @@ export function renderStatus(
   );
   const resources = Object.entries(controlPlane.resources).map(([type, count]) => `${count} ${type}`);
   row("", `${controlPlane.name}${resources.length === 0 ? "" : `: ${resources.join(", ")}`}`);
+  if (controlPlane.staleSince !== undefined)
+    row("", `configuration on disk, saved at ${controlPlane.staleSince}: stale`, "warn");
   if (controlPlane.lastRejection !== undefined)
     row("", `Envoy refused: ${controlPlane.lastRejection}`, "warn");
 

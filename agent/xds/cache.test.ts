@@ -3,6 +3,7 @@ import { describe, expect, test } from "vitest";
 import { type DeltaRequest, type DeltaResponse, TYPE_URL } from "../proto/discovery.ts";
 import { BinaryWriter, put, writeAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect } from "./cache.ts";
+import type { ResourceSet } from "./lastGood.ts";
 
 const CDS = TYPE_URL.cluster;
 const EDS = TYPE_URL.endpoint;
@@ -451,5 +452,107 @@ describe("extensions that only Istio's own Envoy has", () => {
     expect(cache.stripped()).toEqual(["istio.stats"]);
     cache.fromUpstream({ ...sent, resources: [{ name: "a", version: "", any: cluster() }] });
     expect(cache.stripped()).toEqual([]);
+  });
+});
+
+describe("what was accepted, and a start without upstream", () => {
+  const LDS = TYPE_URL.listener;
+  /** One Envoy with a cluster, its endpoints and a listener, as istiod sends them; nothing acknowledged yet. */
+  function loaded(): { cache: DeltaCache; nonces: { typeUrl: string; nonce: string }[] } {
+    const cache = connected();
+    cache.fromEnvoy(1, request(CDS));
+    const nonces = toEnvoy(cache.fromUpstream(response(CDS, "1", { a: "1", b: "1" })));
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a"] }));
+    nonces.push(...toEnvoy(cache.fromUpstream(response(EDS, "2", { a: "ends" }))));
+    cache.fromEnvoy(1, request(LDS));
+    nonces.push(...toEnvoy(cache.fromUpstream(response(LDS, "3", { l: "1" }))));
+    return { cache, nonces };
+  }
+  function accept({ cache, nonces }: ReturnType<typeof loaded>): ResourceSet {
+    for (const { typeUrl, nonce } of nonces) cache.fromEnvoy(1, request(typeUrl, { responseNonce: nonce }));
+    const set = cache.accepted();
+    if (set === undefined) throw new Error("nothing was accepted");
+    return set;
+  }
+
+  test("there is no set before the last ACK, and none while something is refused", () => {
+    const it = loaded();
+    for (const { typeUrl, nonce } of it.nonces) {
+      expect(it.cache.accepted()).toBeUndefined();
+      it.cache.fromEnvoy(1, request(typeUrl, { responseNonce: nonce }));
+    }
+    expect([...(it.cache.accepted()?.keys() ?? [])].sort()).toEqual([CDS, EDS, LDS].sort());
+    const [bad] = toEnvoy(it.cache.fromUpstream(response(LDS, "4", { l: "2" })));
+    it.cache.fromEnvoy(
+      1,
+      request(LDS, { responseNonce: bad?.nonce ?? "", error: { code: 3, message: "no" } }),
+    );
+    expect(it.cache.accepted()).toBeUndefined();
+  });
+
+  test("there is no set while a name that Envoy asked for is neither there nor said to be absent", () => {
+    const it = loaded();
+    accept(it);
+    it.cache.fromEnvoy(1, request(EDS, { subscribe: ["b"] }));
+    expect(it.cache.accepted()).toBeUndefined();
+    const [answer] = toEnvoy(it.cache.fromUpstream(response(EDS, "4", {}, ["b"])));
+    it.cache.fromEnvoy(1, request(EDS, { responseNonce: answer?.nonce ?? "" }));
+    expect(it.cache.accepted()).toBeDefined();
+  });
+
+  test("a secret is never in the set, nor restored from one", () => {
+    const it = loaded();
+    it.cache.fromEnvoy(1, request(TYPE_URL.secret, { subscribe: ["default"] }));
+    it.nonces.push(...toEnvoy(it.cache.fromUpstream(response(TYPE_URL.secret, "4", { default: "key" }))));
+    expect(accept(it).has(TYPE_URL.secret)).toBe(false);
+    const cold = new DeltaCache();
+    cold.restore(new Map([[TYPE_URL.secret, [{ name: "default", version: "", any: Buffer.of() }]]]));
+    expect(cold.has(TYPE_URL.secret, "default")).toBe(false);
+  });
+
+  test("an Envoy that starts empty gets the restored set, and from istiod only what differs", () => {
+    const cold = new DeltaCache();
+    cold.envoyOpened(1);
+    cold.fromEnvoy(1, request(CDS));
+    expect(names(toEnvoy(cold.restore(accept(loaded()))))).toEqual(["a", "b"]);
+    expect(names(toEnvoy(cold.fromEnvoy(1, request(EDS, { subscribe: ["a"] }))))).toEqual(["a"]);
+    expect(names(toEnvoy(cold.fromEnvoy(1, request(LDS))))).toEqual(["l"]);
+    expect([cold.stale, cold.accepted()]).toEqual([true, undefined]);
+
+    const asked = toIstiod(cold.upstreamOpened());
+    expect(asked.map(({ typeUrl, initialVersions }) => [typeUrl, [...initialVersions.keys()]])).toEqual([
+      [CDS, ["a", "b"]],
+      [EDS, ["a"]],
+      [LDS, ["l"]],
+    ]);
+    const [clusters] = toEnvoy(cold.fromUpstream(response(CDS, "9", { a: "1", c: "1" }, ["b"])));
+    expect([clusters?.resources.map(({ name }) => name), clusters?.removed]).toEqual([["c"], ["b"]]);
+    expect(toEnvoy(cold.fromUpstream(response(LDS, "10", { l: "1" })))).toEqual([]);
+    expect(cold.stale).toBe(true);
+    expect(toEnvoy(cold.fromUpstream(response(EDS, "11", { a: "ends" })))).toEqual([]);
+    expect(cold.stale).toBe(false);
+  });
+
+  test("an Envoy that is up already is not set back to what is on disk", () => {
+    const cold = new DeltaCache();
+    cold.envoyOpened(1);
+    cold.restore(accept(loaded()));
+    const held = new Map([
+      ["a", "a newer one"],
+      ["z", "not on disk"],
+    ]);
+    expect(toEnvoy(cold.fromEnvoy(1, request(CDS, { initialVersions: held })))).toEqual([]);
+  });
+
+  test("what istiod has said already is not overwritten from disk, and what has ended is served to nobody", () => {
+    const set = accept(loaded());
+    const late = connected();
+    late.fromEnvoy(1, request(CDS));
+    late.fromUpstream(response(CDS, "1", { new: "1" }));
+    late.restore(set);
+    expect([late.has(CDS, "new"), late.has(CDS, "a"), late.has(LDS, "l")]).toEqual([true, false, true]);
+    late.forgetRestored();
+    expect([late.has(CDS, "new"), late.has(LDS, "l"), late.stale]).toEqual([true, false, false]);
+    expect(toEnvoy(late.fromEnvoy(1, request(LDS)))).toEqual([]);
   });
 });

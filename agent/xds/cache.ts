@@ -1,6 +1,7 @@
 import { hash } from "node:crypto";
 import { type DeltaRequest, type DeltaResponse, type Resource, TYPE_URL } from "../proto/discovery.ts";
 import { type RpcStatus, readAny, readMessage } from "../proto/wire.ts";
+import type { ResourceSet } from "./lastGood.ts";
 import { type HasExtension, nameOf, strip } from "./strip.ts";
 
 /** What a client wants of one type. */
@@ -22,6 +23,8 @@ interface EnvoyWatch {
   readonly sent: Map<string, string>;
   /** Something of the type went to this stream, be it nothing at all. */
   answered: boolean;
+  /** It came with resources that it held already. */
+  readonly warm: boolean;
 }
 
 interface Downstream {
@@ -49,6 +52,8 @@ interface TypeState {
   asked: { wildcard: Watch["wildcard"]; names: Set<string> } | undefined;
   /** Upstream has answered at least once: for a wildcard type the resources are complete. */
   complete: boolean;
+  /** What is held comes from disk: upstream has not said anything yet. */
+  restored: boolean;
   version: string;
   acked: string | undefined;
   lastNack: string | undefined;
@@ -80,6 +85,7 @@ export class DeltaCache {
   readonly #downstreams = new Map<number, Downstream>();
   #upstreamOpen = false;
   #nonce = 0;
+  #revision = 0;
 
   /** A fresh stream to istiod: asks again for all that is wanted, naming what is held. The caller puts the node on the first. */
   upstreamOpened(): Effect[] {
@@ -142,6 +148,7 @@ export class DeltaCache {
       names: new Set(),
       sent: new Map(request.initialVersions),
       answered: false,
+      warm: request.initialVersions.size > 0,
     };
     if (known === undefined) downstream.watches.set(typeUrl, watch);
     // Legacy wildcard: a first request that names nothing (xDS protocol, "How the client specifies what resources to return").
@@ -175,6 +182,8 @@ export class DeltaCache {
   fromUpstream(response: DeltaResponse): Effect[] {
     const { typeUrl } = response;
     const state = this.#type(typeUrl);
+    this.#revision += 1;
+    state.restored = false;
     for (const resource of response.resources) {
       state.resources.set(resource.name, hold(typeUrl, resource));
       state.absent.delete(resource.name);
@@ -193,8 +202,72 @@ export class DeltaCache {
     return pushes.length > 0 ? pushes : this.#settle(typeUrl, state, response.nonce, undefined);
   }
 
+  /** Counts what upstream has said. */
+  get revision(): number {
+    return this.#revision;
+  }
+
+  /** An Envoy uses, or would get, what was restored from disk. */
+  get stale(): boolean {
+    return [...this.#types].some(
+      ([typeUrl, { restored }]) => restored && (OWED.includes(typeUrl) || this.#isWatched(typeUrl)),
+    );
+  }
+
+  /**
+   * What every Envoy has accepted, as a consistent set: nothing on its way, nothing refused, nothing asked for and not
+   * answered, nothing stale. Secrets are never in it.
+   * @returns undefined while there is no such set
+   */
+  accepted(): ResourceSet | undefined {
+    if (this.#downstreams.size === 0 || this.stale) return undefined;
+    for (const { outstanding } of this.#downstreams.values()) if (outstanding.size > 0) return undefined;
+    const set = new Map<string, readonly Resource[]>();
+    for (const [typeUrl, state] of this.#types) {
+      const wanted = this.#wanted(typeUrl);
+      if (typeUrl === TYPE_URL.secret || (!wanted.wildcard && wanted.names.size === 0)) continue;
+      if (state.lastNack !== undefined || (wanted.wildcard && !state.complete)) return undefined;
+      for (const name of wanted.names)
+        if (!state.resources.has(name) && !state.absent.has(name)) return undefined;
+      set.set(
+        typeUrl,
+        [...state.resources.values()].filter(({ name }) => wanted.wildcard || wanted.names.has(name)),
+      );
+    }
+    return set.has(TYPE_URL.listener) && set.has(TYPE_URL.cluster) ? set : undefined;
+  }
+
+  /** Serves a set from disk, type by type, until upstream has answered for the type; what upstream has said is left alone. */
+  restore(set: ResourceSet): Effect[] {
+    for (const [typeUrl, resources] of set) {
+      const state = this.#type(typeUrl);
+      if (state.complete || typeUrl === TYPE_URL.secret) continue;
+      for (const resource of resources) state.resources.set(resource.name, hold(typeUrl, resource));
+      state.complete = true;
+      state.restored = true;
+    }
+    return [...set.keys()]
+      .sort(byPushOrder)
+      .flatMap((typeUrl) =>
+        [...this.#downstreams].flatMap(([stream, downstream]) =>
+          this.#push(stream, downstream, typeUrl, { nonce: undefined, gone: new Set() }),
+        ),
+      );
+  }
+
+  /** Serves no more of what is still from disk. An Envoy keeps what it has. */
+  forgetRestored(): void {
+    for (const state of this.#types.values()) {
+      if (!state.restored) continue;
+      state.resources.clear();
+      state.complete = false;
+      state.restored = false;
+    }
+  }
+
   /** ACKs a response that the relay itself consumes, or refuses it. */
   acknowledge(response: DeltaResponse, error?: RpcStatus): Effect[] {
+    this.#revision += 1;
     const request = { ...bare(response.typeUrl, response.nonce), ...(error === undefined ? {} : { error }) };
     return [{ to: "upstream", request }];
   }
@@ -241,6 +314,7 @@ export class DeltaCache {
       absent: new Set(),
       asked: undefined,
       complete: false,
+      restored: false,
       version: "",
       acked: undefined,
       lastNack: undefined,
@@ -270,6 +344,10 @@ export class DeltaCache {
     ];
   }
 
+  #isWatched(typeUrl: string): boolean {
+    return [...this.#downstreams.values()].some(({ watches }) => watches.has(typeUrl));
+  }
+
   /** Union over all Envoys. */
   #wanted(typeUrl: string): { wildcard: boolean; names: Set<string> } {
     const names = new Set<string>();
@@ -292,7 +370,9 @@ export class DeltaCache {
       const how = wanted.names.size > 0 ? "star" : wildcardAs;
       state.asked = { wildcard: wanted.wildcard ? how : "none", names: new Set(wanted.names) };
       const initialVersions = new Map(
-        [...state.resources.values()].map(({ name, version }) => [name, version]),
+        [...state.resources.values()]
+          .filter(({ name }) => wanted.wildcard || wanted.names.has(name))
+          .map(({ name, version }) => [name, version]),
       );
       const subscribe = [...(wanted.wildcard && how === "star" ? ["*"] : []), ...wanted.names];
       return [{ to: "upstream", request: { ...bare(typeUrl, ""), subscribe, initialVersions } }];
@@ -337,11 +417,19 @@ export class DeltaCache {
     const state = this.#type(typeUrl);
     const wants = (name: string): boolean => watch.wildcard || watch.names.has(name);
     const awaited = typeUrl === TYPE_URL.endpoint ? downstream.awaitedEndpoints : undefined;
+    // What an Envoy brought along is not older than what is on disk: only a name that it lacks is taken from there.
+    const outdated = state.restored && watch.warm;
+    const lacks = (name: string, digest: string): boolean =>
+      outdated ? watch.names.has(name) && !watch.sent.has(name) : watch.sent.get(name) !== digest;
     const resources = [...state.resources.values()].filter(
-      ({ name, digest }) => wants(name) && (watch.sent.get(name) !== digest || awaited?.has(name) === true),
+      ({ name, digest }) => wants(name) && (lacks(name, digest) || awaited?.has(name) === true),
     );
     const removed = [...watch.sent.keys()].filter(
-      (name) => state.complete && !state.resources.has(name) && (watch.wildcard || cause.gone.has(name)),
+      (name) =>
+        state.complete &&
+        !state.restored &&
+        !state.resources.has(name) &&
+        (watch.wildcard || cause.gone.has(name)),
     );
     // Envoy waits for a named resource until it comes or is said not to exist.
     for (const name of cause.gone) if (watch.names.has(name) && !removed.includes(name)) removed.push(name);
@@ -428,6 +516,8 @@ function hold(typeUrl: string, resource: Resource): Held {
   };
 }
 
+/** What every Envoy asks for. */
+const OWED: readonly string[] = [TYPE_URL.cluster, TYPE_URL.listener];
 const ORDER: readonly string[] = [TYPE_URL.cluster, TYPE_URL.endpoint, TYPE_URL.listener, TYPE_URL.route];
 /** Clusters before endpoints before listeners before routes: the make-before-break order of the xDS protocol. */
 function byPushOrder(a: string, b: string): number {

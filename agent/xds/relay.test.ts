@@ -19,6 +19,7 @@ import {
   writeDeltaResponse,
 } from "../proto/discovery.ts";
 import { BinaryWriter, put, readAny, writeAny } from "../proto/wire.ts";
+import { LastGoodFile } from "./lastGood.ts";
 import { AdsRelay, type RelayEvent } from "./relay.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -347,5 +348,136 @@ describe("towards Envoy", () => {
     await new Promise((resolve) => raw.once("close", resolve));
     envoy().send(request(TYPE_URL.cluster, { node: NODE }));
     expect((await asked.next()).typeUrl).toBe(TYPE_URL.cluster);
+  });
+});
+
+describe("a start without a control plane", () => {
+  const OWNER = { spiffe: "spiffe://a", node: "n", cluster: "c", discovery: "d:1" };
+  const host = linuxHost();
+
+  /** Another relay on the same file, as after a reboot; `reaches` says whether istiod is there. */
+  async function another(reaches: () => boolean, notAfter: Date) {
+    const stopIt = new AbortController();
+    const heard = new Inbox<RelayEvent>();
+    const tables = new Inbox<readonly string[]>();
+    const at = join(folder, "another.sock");
+    const second = new AdsRelay({
+      host,
+      listen: (onConnection) => host.net.listenUnix(at, { mode: 0o600 }, onConnection),
+      upstreams: async () => [
+        {
+          address: "127.0.0.1",
+          port: reaches() ? istiod.port : 1,
+          serverName: SERVER_NAME,
+          rootCert: istiod.authority.rootPem,
+          metadata: {},
+        },
+      ],
+      onNameTable: (table) => tables.put([...table.keys()]),
+      lastGood: new LastGoodFile({
+        host,
+        path: join(folder, "last-good"),
+        owner: OWNER,
+        notAfter: () => notAfter,
+      }),
+      onEvent: (it) => heard.put(it),
+    });
+    const ended = Promise.withResolvers<void>();
+    await new Promise<void>((resolve) => {
+      void second.run(stopIt.signal, resolve).then(ended.resolve, ended.reject);
+    });
+    const client = new FakeEnvoy(at);
+    envoys.push(client);
+    return {
+      client,
+      status: () => second.status(),
+      tables,
+      async event(kind: RelayEvent["kind"]): Promise<RelayEvent> {
+        for (;;) {
+          const it = await heard.next();
+          if (it.kind === kind) return it;
+        }
+      },
+      async stop(): Promise<void> {
+        stopIt.abort();
+        await ended.promise;
+        client.close();
+      },
+    };
+  }
+
+  const nameTable = (): Uint8Array => {
+    const info = new BinaryWriter();
+    put(info, 1, "10.0.0.1");
+    const entry = new BinaryWriter();
+    put(entry, 1, "reviews.default");
+    put(entry, 2, info.finish());
+    const table = new BinaryWriter();
+    put(table, 1, entry.finish());
+    return response(TYPE_URL.nameTable, "n", [""], table.finish());
+  };
+
+  /** Runs until Envoy has accepted one cluster and one listener, and the agent was stopped. */
+  async function saved(notAfter: Date): Promise<void> {
+    const it = await another(() => true, notAfter);
+    for (const typeUrl of [TYPE_URL.cluster, TYPE_URL.listener])
+      it.client.send(request(typeUrl, { node: NODE }));
+    const stream = await streams.next();
+    stream.send(response(TYPE_URL.cluster, "1", ["a"]));
+    stream.send(response(TYPE_URL.listener, "2", ["l"]));
+    stream.send(nameTable());
+    for (const typeUrl of [TYPE_URL.cluster, TYPE_URL.listener])
+      it.client.send(request(typeUrl, { responseNonce: (await it.client.heard.next()).nonce }));
+    await it.tables.next();
+    await expect
+      .poll(() => it.status().types.filter(({ acked }) => acked !== undefined).length)
+      .toBeGreaterThanOrEqual(2);
+    await it.stop();
+  }
+
+  test("Envoy and DNS get what was accepted last, it is said, and istiod's same answer brings no push", async () => {
+    await saved(new Date(Date.now() + 60_000));
+    let up = false;
+    const it = await another(() => up, new Date(Date.now() + 60_000));
+    for (const typeUrl of [TYPE_URL.cluster, TYPE_URL.listener])
+      it.client.send(request(typeUrl, { node: NODE }));
+    const got = [await it.client.heard.next(), await it.client.heard.next()];
+    expect(got.flatMap(({ resources }) => resources.map(({ name }) => name)).sort()).toEqual(["a", "l"]);
+    expect(await it.tables.next()).toEqual(["reviews.default"]);
+    expect(await it.event("restored")).toMatchObject({ savedAt: it.status().staleSince });
+    for (const { typeUrl, nonce } of got) it.client.send(request(typeUrl, { responseNonce: nonce }));
+
+    up = true;
+    const stream = await streams.next();
+    stream.send(response(TYPE_URL.cluster, "8", ["a"]));
+    stream.send(response(TYPE_URL.listener, "9", ["l"]));
+    await it.event("fresh");
+    expect([it.status().staleSince, it.client.heard.size]).toEqual([undefined, 0]);
+    await it.stop();
+  });
+
+  test("what ends with its certificate while it is served is served to no Envoy after that", async () => {
+    await saved(new Date(Date.now() + 4_000));
+    const it = await another(() => false, new Date(0));
+    it.client.send(request(TYPE_URL.cluster, { node: NODE }));
+    await it.client.heard.next();
+    await it.event("last-good-ended");
+    expect(it.status().staleSince).toBeUndefined();
+    const late = new FakeEnvoy(join(folder, "another.sock"));
+    envoys.push(late);
+    late.send(request(TYPE_URL.cluster, { node: NODE }));
+    await it.event("envoy-connected");
+    expect(it.status().types.map(({ resources }) => resources)).toEqual(it.status().types.map(() => 0));
+    await it.stop();
+  });
+
+  test("a damaged file is told once, and Envoy waits for istiod", async () => {
+    await saved(new Date(Date.now() + 60_000));
+    await host.files.writeAtomic(join(folder, "last-good"), "damaged", { mode: 0o600 });
+    const it = await another(() => false, new Date(Date.now() + 60_000));
+    it.client.send(request(TYPE_URL.cluster, { node: NODE }));
+    expect(await it.event("last-good-failed")).toMatchObject({ error: { code: "STATE_UNREADABLE" } });
+    expect([await host.files.read(join(folder, "last-good")), it.client.heard.size]).toEqual([undefined, 0]);
+    await it.stop();
   });
 });

@@ -14,6 +14,7 @@ import type { Host, Listener } from "../platform/host.ts";
 import {
   type DeltaRequest,
   type DeltaResponse,
+  type Resource,
   readDeltaRequest,
   readDeltaResponse,
   TYPE_URL,
@@ -23,6 +24,7 @@ import {
 import { type NameInfo, readNameTable } from "../proto/istio.ts";
 import { type RpcStatus, readAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
+import type { LastGoodFile, ResourceSet } from "./lastGood.ts";
 import { extensionsOf } from "./strip.ts";
 
 const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -38,6 +40,11 @@ const LINGER_MS = 30 * SECOND_MS;
 const INBOUND_GRACE_MS = 1.5 * SECOND_MS;
 const MAX_REOPENED = 3;
 
+/** How long a control plane that is silent, rather than away, is waited for before Envoy gets what is on disk. */
+const SILENCE_MS = 3 * SECOND_MS;
+/** How often it is looked whether Envoy has accepted something new, and how long the disk has peace after a write: a big mesh never stands still. */
+const SAVE_MS = { look: 3 * SECOND_MS, peace: 30 * SECOND_MS };
+
 /** gRPC INTERNAL: what Istio's agent puts into an unhealthy report. */
 const INTERNAL = 13;
 
@@ -50,6 +57,13 @@ export type RelayEvent =
   | { readonly kind: "rejected"; readonly typeUrl: string; readonly reason: string }
   /** What Envoys do not get because they lack it, at this moment; said when it changes. */
   | { readonly kind: "stripped"; readonly names: readonly string[] }
+  /** Envoy is served what it accepted at `savedAt`, because no control plane answers. */
+  | { readonly kind: "restored"; readonly savedAt: Date }
+  /** The control plane has answered for everything that was restored. */
+  | { readonly kind: "fresh" }
+  /** What was restored is not served any more: the certificate that it belongs to has ended. */
+  | { readonly kind: "last-good-ended" }
+  | { readonly kind: "last-good-failed"; readonly error: VmmeshError }
   | { readonly kind: "reopened"; readonly missing: readonly string[] }
   | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
 
@@ -63,10 +77,14 @@ export interface RelayDeps {
   readonly onNameTable?: (table: ReadonlyMap<string, NameInfo>) => void;
   /** Ports that this workload serves: each has an inbound cluster once istiod has registered it and a Service selects it. */
   readonly inboundPorts?: readonly number[];
+  /** Where what Envoy accepts is kept for a start without a control plane. */
+  readonly lastGood?: LastGoodFile;
   onEvent(event: RelayEvent): void;
 }
 
 export interface RelayStatus {
+  /** When the configuration was saved that Envoy is served, if it comes from disk. */
+  readonly staleSince: Date | undefined;
   /** Address of the istiod that we are connected to. */
   readonly connectedTo: string | undefined;
   readonly since: Date | undefined;
@@ -96,6 +114,9 @@ export class AdsRelay {
   #reconnects = 0;
   #reopened = 0;
   #stripped = "";
+  #staleSince: Date | undefined;
+  #names: Resource | undefined;
+  readonly #unreachable = Promise.withResolvers<void>();
 
   constructor(deps: RelayDeps) {
     this.#deps = deps;
@@ -109,8 +130,13 @@ export class AdsRelay {
     const server = serveStreams({ [DELTA_ADS]: (stream) => this.#serve(stream) });
     await using _listener = await this.#deps.listen((socket) => server.accept(socket));
     onListening();
+    const { lastGood } = this.#deps;
+    const kept =
+      lastGood === undefined
+        ? []
+        : [this.#restoreIfAlone(lastGood, signal), this.#keepLastGood(lastGood, signal)];
     try {
-      await this.#keepUpstream(signal);
+      await Promise.all([this.#keepUpstream(signal), ...kept]);
     } finally {
       this.#upstream?.close();
       server.close();
@@ -140,11 +166,62 @@ export class AdsRelay {
     return {
       connectedTo: this.#connectedTo,
       since: this.#since,
+      staleSince: this.#staleSince,
       lastError: this.#lastError,
       reconnects: this.#reconnects,
       envoys: this.#envoys.size,
       types: this.#cache.status(),
     };
+  }
+
+  /** No control plane at the first Envoy's first question: Envoy gets what it accepted last. */
+  async #restoreIfAlone(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
+    const { clock } = this.#deps.host;
+    const abort = aborted(signal);
+    await Promise.race([this.#wantsUpstream.promise, abort]);
+    await Promise.race([this.#unreachable.promise, clock.sleep(SILENCE_MS, signal).catch(() => undefined)]);
+    if (signal.aborted || this.#connectedTo !== undefined) return;
+    let found: Awaited<ReturnType<LastGoodFile["load"]>>;
+    try {
+      found = await lastGood.load();
+    } catch (thrown) {
+      this.#deps.onEvent({ kind: "last-good-failed", error: VmmeshError.from(thrown) });
+      return;
+    }
+    if (found === undefined || this.#connectedTo !== undefined || signal.aborted) return;
+    this.#staleSince = found.savedAt;
+    this.#deps.onEvent({ kind: "restored", savedAt: found.savedAt });
+    const [names] = found.types.get(TYPE_URL.nameTable) ?? [];
+    if (names !== undefined) this.#useNames(names);
+    this.#carryOut(this.#cache.restore(configurationOf(found.types)));
+    while (this.#staleSince !== undefined && !signal.aborted) {
+      if (clock.now() >= found.notAfter) {
+        this.#cache.forgetRestored();
+        this.#staleSince = undefined;
+        this.#deps.onEvent({ kind: "last-good-ended" });
+      }
+      await clock.sleep(SECOND_MS, signal).catch(() => undefined);
+    }
+  }
+
+  async #keepLastGood(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
+    let waitMs = SAVE_MS.look;
+    while (!signal.aborted) {
+      // Once more at the end: what was accepted just before a reboot is what the next start needs.
+      await this.#deps.host.clock.sleep(waitMs, signal).catch(() => undefined);
+      waitMs = SAVE_MS.look;
+      const { revision } = this.#cache;
+      if (lastGood.isSaved(revision)) continue;
+      const types = this.#cache.accepted();
+      if (types === undefined) continue;
+      waitMs = SAVE_MS.peace;
+      const names = this.#names === undefined ? [] : [this.#names];
+      try {
+        await lastGood.save(new Map([...types, [TYPE_URL.nameTable, names]]), revision);
+      } catch (thrown) {
+        this.#deps.onEvent({ kind: "last-good-failed", error: VmmeshError.from(thrown) });
+      }
+    }
   }
 
   #serve(stream: ServedStream): void {
@@ -185,6 +262,12 @@ export class AdsRelay {
       if (effect.to === "upstream") this.#request(effect.request);
       else if (this.#envoys.get(effect.stream)?.send(writeDeltaResponse(effect.response)) === false)
         this.#upstream?.pause();
+    }
+    if (this.#staleSince !== undefined && this.#connectedTo !== undefined && !this.#cache.stale) {
+      this.#staleSince = undefined;
+      // What nobody has asked for since is of no use any more.
+      this.#cache.forgetRestored();
+      this.#deps.onEvent({ kind: "fresh" });
     }
     // Without an Envoy nothing is known; the next one will most likely be the same.
     const names = this.#cache.stripped();
@@ -251,6 +334,7 @@ export class AdsRelay {
       if (failure !== undefined && !this.#withdrawn) {
         this.#lastError = messageOf(failure);
         this.#deps.onEvent({ kind: "unreachable", error: failure, retryInMs });
+        this.#unreachable.resolve();
       }
       await clock.sleep(retryInMs, signal).catch(() => undefined);
     }
@@ -349,12 +433,19 @@ export class AdsRelay {
     }
   }
 
+  /** @throws {Error} if it is no name table; the one before stays in use */
+  #useNames(resource: Resource): void {
+    this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
+    // A copy: the response is not kept for its sake.
+    this.#names = { ...resource, any: Uint8Array.from(resource.any) };
+  }
+
   /** @returns why the table is refused, if it is; the one before stays in use */
   #takeNames(response: DeltaResponse): RpcStatus | undefined {
     const [resource] = response.resources;
     if (resource === undefined) return undefined;
     try {
-      this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
+      this.#useNames(resource);
       return undefined;
     } catch (thrown) {
       const reason = messageOf(thrown);
@@ -371,6 +462,11 @@ function unreadable(target: GrpcTarget, cause: unknown): VmmeshError {
     `istiod at ${target.address}:${target.port} sent what is no discovery response`,
     { cause, next: "Is that address istiod's, and not that of a proxy in front of something else?" },
   );
+}
+
+/** What Envoy is served; the names are the relay's own. */
+function configurationOf(types: ResourceSet): ResourceSet {
+  return new Map([...types].filter(([typeUrl]) => typeUrl !== TYPE_URL.nameTable));
 }
 
 function plain(typeUrl: string): DeltaRequest {
