@@ -439,9 +439,19 @@ export const COMMANDS: readonly CommandSpec[] = [
   {
     words: "iptables clean",
     summary: "take out what was really applied; foreign rules stay byte for byte",
-    options: [OUTPUT],
+    options: [
+      {
+        name: "leftovers",
+        type: "boolean",
+        describe:
+          "instead, take out what Istio's own tools of any version have left: chains, nft tables, routing; refused while they run",
+      },
+      { name: "dry-run", type: "boolean", describe: "with --leftovers: only say what would be taken out" },
+      OUTPUT,
+    ],
     examples: [
       ["vmmesh iptables clean", "the machine stays joined, its traffic no longer goes through Envoy"],
+      ["vmmesh iptables clean --leftovers --dry-run", "what istio-iptables or pilot-agent left behind"],
     ],
     load: async () => (await import("./iptables.ts")).clean,
   },

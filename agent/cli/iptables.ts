@@ -1,3 +1,4 @@
+import { VmmeshError } from "../core/errors.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { planFor } from "../daemon/capture.ts";
 import { writeCaptureState } from "../daemon/captureState.ts";
@@ -7,6 +8,7 @@ import { readWorkload } from "../daemon/workloadFiles.ts";
 import { removeCapture } from "../iptables/apply.ts";
 import { auditCapture } from "../iptables/audit/audit.ts";
 import { auditExitCode, type Finding } from "../iptables/audit/finding.ts";
+import { findLeftovers, removeLeftovers } from "../iptables/leftovers.ts";
 import { describePlan } from "../iptables/plan/describe.ts";
 import { describePreview, preview, readLive } from "../iptables/preview.ts";
 import { renderPlan } from "../iptables/render.ts";
@@ -15,6 +17,7 @@ import { readOwners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
 import { planOfPeer, wantsPeer } from "./compat.ts";
 import {
+  type Context,
   flag,
   number,
   openContext,
@@ -88,6 +91,11 @@ function tell(finding: Finding): string {
 export async function clean(options: Options): Promise<number> {
   requireRoot("vmmesh iptables clean");
   const context = openContext(options);
+  if (flag(options, "leftovers")) return await cleanLeftovers(options, context);
+  if (flag(options, "dry-run"))
+    throw new VmmeshError("USAGE", "--dry-run goes with --leftovers", {
+      next: "`vmmesh iptables plan` shows what vmmesh itself has in force.",
+    });
   await using _lock = await takeLock(context);
   const { host } = context;
   const report = await removeCapture(host, context.paths.rules, async () => {
@@ -102,6 +110,26 @@ export async function clean(options: Options): Promise<number> {
     );
   }
   return report.residue.length === 0 ? 0 : 1;
+}
+
+async function cleanLeftovers(options: Options, context: Context): Promise<number> {
+  const { host } = context;
+  await using _lock = await takeLock(context);
+  const leftovers = await findLeftovers(host);
+  const dry = flag(options, "dry-run");
+  const { foreignUnchanged } = dry ? { foreignUnchanged: true } : await removeLeftovers(host, leftovers);
+  const { found } = leftovers;
+  if (wantsJson(options)) print({ found, removed: !dry, foreignUnchanged });
+  else if (found.length === 0) print("nothing of Istio's own tools is here");
+  else
+    print(
+      [
+        dry ? "would be taken out:" : "taken out:",
+        ...found.map((line) => `  ${line}`),
+        ...(dry ? [] : [`other programs' rules ${foreignUnchanged ? "are unchanged" : "changed meanwhile"}`]),
+      ].join("\n"),
+    );
+  return 0;
 }
 
 /** The same as vmmesh-rules.service does, by hand. */

@@ -29,7 +29,8 @@ export function residueFindings(evidence: Evidence): Finding[] {
         "high",
         "ISTIO_* rules that vmmesh did not write",
         lines,
-        "Stop the other owner: istio-iptables, pilot-agent or istio-cni.",
+        "Stop the other owner (istio-iptables, pilot-agent or istio-cni), then take out what it left.",
+        "vmmesh iptables clean --leftovers",
       ),
     ),
     ...(nft.natRules > 0 && legacy.natRules > 0
