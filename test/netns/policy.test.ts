@@ -1,4 +1,4 @@
-import type { ChildProcess } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan } from "../../agent/iptables/apply.ts";
 import { type FenceCounts, readFenceCounts } from "../../agent/iptables/counts.ts";
@@ -130,6 +130,36 @@ describe("rules that change", () => {
     });
     expect(met.get("ENVOY-OUT")).toBeGreaterThan(10);
     expect([...met.keys()].filter((answer) => answer === "DIRECT" || answer === "APP")).toEqual([]);
+  });
+});
+
+describe("the fence that a process holds", () => {
+  test("everything flushed: what is closed stays refused, what is open flows, an open connection goes on; it ends with its process", async () => {
+    const { held } = await lab.rendered(WISH);
+    await install(WISH);
+    const connection = await lab.hold(lab.machine, UID.app, SERVICE.ip, 80);
+    expect(connection.met).toBe("ENVOY-OUT");
+    const holder = spawn("ip", ["netns", "exec", lab.machine, "nft", "-i"], {
+      stdio: ["pipe", "ignore", "inherit"],
+    });
+    try {
+      holder.stdin.write(held ?? "");
+      const rules = (text: string): number => text.split('comment "vmmesh:').length;
+      await eventually(
+        async () =>
+          rules(await lab.insideShell("nft list table inet vmmesh-hold || true")) === rules(held ?? ""),
+        5000,
+      );
+      await lab.insideShell("nft flush ruleset");
+      expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("refused");
+      expect(await lab.dial(UID.app, SERVICE.ip6, 80)).toBe("refused");
+      expect(await lab.dial(UID.app, MACHINE.ip, 9000, lab.world)).toBe("refused");
+      expect(await lab.dial(UID.app, REMOTE.ip, 80)).toBe("DIRECT");
+      expect(await connection.alive()).toBe("still there");
+    } finally {
+      holder.kill("SIGKILL");
+    }
+    await eventually(meets("DIRECT", SERVICE.ip, 80), 2000);
   });
 });
 
