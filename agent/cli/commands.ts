@@ -234,6 +234,26 @@ export const COMMANDS: readonly CommandSpec[] = [
           "where the mesh's services live (default: the cluster's service range, when it can be read)",
       },
       {
+        name: "exclude-interface",
+        type: "string",
+        repeat: true,
+        value: "NAME",
+        describe: "an interface whose traffic is not captured, in both directions, e.g. docker0 or br-+",
+      },
+      {
+        name: "virtual-interface",
+        type: "string",
+        repeat: true,
+        value: "NAME",
+        describe:
+          "a bridge of containers or virtual machines whose traffic is captured like this machine's own (default: it is not)",
+      },
+      {
+        name: "drop-invalid",
+        type: "boolean",
+        describe: "drop segments that conntrack calls invalid on captured ports",
+      },
+      {
         name: "interception-mode",
         type: "string",
         choices: ["redirect", "tproxy"],

@@ -10,6 +10,7 @@ import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
 import { checkFailurePolicy } from "../iptables/plan/failure.ts";
 import { checkScope } from "../iptables/plan/senders.ts";
+import { checkInterfaces, fitsInterface } from "../iptables/plan/wish.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
 import { describePreview, type Preview, preview, readLive } from "../iptables/preview.ts";
 import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
@@ -49,6 +50,7 @@ export async function join(options: Options): Promise<number> {
   const { services, owners } = await openServices(context);
   await using _lock = rehearse ? undefined : await takeLock(context);
   const journal = await openJournal(context, options);
+  await tellMissingInterfaces(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   if (services.kind === "systemd") checkVisible(envoy.path);
   const bundle = await bundleOf(context, options, rehearse);
@@ -142,6 +144,7 @@ function checkOptions(options: Options): void {
       });
   }
   list(options, "failure-policy").forEach(parsePolicyRule);
+  checkInterfaces(list(options, "exclude-interface"), list(options, "virtual-interface"));
   for (const name of ["include-outbound-port", "exclude-outbound-port", "exclude-inbound-port"])
     ports(options, name);
   if (list(options, "include-inbound-port").join() !== "*") {
@@ -157,6 +160,15 @@ function checkOptions(options: Options): void {
       throw new VmmeshError("USAGE", `--${name}: at least 5 seconds are needed`, {
         next: `Leave --${name} out for the default.`,
       });
+  }
+}
+
+/** It may come later, as docker0 does with Docker: worth a word, no reason to refuse. */
+async function tellMissingInterfaces({ host }: Context, options: Options): Promise<void> {
+  const there = await host.files.list("/sys/class/net");
+  for (const name of [...list(options, "exclude-interface"), ...list(options, "virtual-interface")]) {
+    if (there?.some((it) => fitsInterface(name, it)) === false)
+      say(`warning: there is no interface ${name} now; its rules wait for it`);
   }
 }
 
@@ -229,6 +241,9 @@ async function render(
     meshCidrs,
     failurePolicy: list(options, "failure-policy"),
     inboundPorts: list(options, "include-inbound-port"),
+    excludeInterfaces: list(options, "exclude-interface"),
+    virtualInterfaces: list(options, "virtual-interface"),
+    ...(flag(options, "drop-invalid") ? { dropInvalid: "true" } : {}),
     ...(mode === undefined ? {} : { interceptionMode: mode.toUpperCase() }),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),
     outboundCidrs: list(options, "include-outbound-cidr"),

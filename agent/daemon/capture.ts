@@ -19,7 +19,18 @@ const RESOLV_CONF = "/etc/resolv.conf";
 export function policyScope(
   workload: Workload,
   net: Pick<Host["net"], "addresses">,
-): Pick<CaptureWish, "inbound" | "outbound" | "meshCidrs" | "ipv6" | "interception" | "failurePolicy"> {
+): Pick<
+  CaptureWish,
+  | "inbound"
+  | "outbound"
+  | "meshCidrs"
+  | "ipv6"
+  | "interception"
+  | "excludeInterfaces"
+  | "virtualInterfaces"
+  | "dropInvalid"
+  | "failurePolicy"
+> {
   return {
     inbound:
       workload.inbound.kind === "all"
@@ -34,6 +45,9 @@ export function policyScope(
     // With the probe's addresses, which are captured and fenced like a service's.
     meshCidrs: [...workload.meshCidrs, ...Object.values(PROBE_ADDRESS)],
     ipv6: net.addresses().some(({ family }) => family === 6),
+    excludeInterfaces: workload.excludeInterfaces,
+    virtualInterfaces: workload.virtualInterfaces,
+    dropInvalid: workload.dropInvalid,
     interception:
       workload.interception.mode === "TPROXY"
         ? { mode: "TPROXY", routeTable: workload.interception.routeTable }

@@ -1,4 +1,5 @@
 import { coversCidr, parseCidr } from "../core/net.ts";
+import { fitsInterface } from "./plan/wish.ts";
 import type { FamilyPlan } from "./plan.ts";
 import { type Family, hostCidr, type Match, type Rule } from "./rules.ts";
 
@@ -83,7 +84,7 @@ function fits(match: Match, opening: Opening): boolean {
       return inside(opening.to, match.cidr) !== (match.not === true);
     case "in":
     case "out":
-      return (opening.interface === match.interface) !== (match.not === true);
+      return fitsInterface(match.interface, opening.interface) !== (match.not === true);
     case "fromPorts":
       return match.ports.includes(opening.fromPort);
     case "toPorts":
@@ -100,6 +101,7 @@ function fits(match: Match, opening: Opening): boolean {
     // /proc/net tells a socket's user, not its group.
     case "ownerGroup":
     case "accepted":
+    case "invalid":
     case "marked":
     case "handedOver":
     // The fence's own: it judges what the redirects have left.

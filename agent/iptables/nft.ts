@@ -175,6 +175,9 @@ function comment(why: string): string {
 
 const not = (match: Match): string => ("not" in match && match.not === true ? "!= " : "");
 
+/** `docker+` of iptables is `docker*` of nft. */
+const wildcard = (name: string): string => name.replace(/\+$/, "*");
+
 /** @see nft(8): meta, payload, ct, fib and set reference expressions */
 function expression(match: Match, tracked: boolean): string {
   const ip = (cidr: string): string => (cidr.includes(":") ? "ip6" : "ip");
@@ -192,9 +195,9 @@ function expression(match: Match, tracked: boolean): string {
     case "addressedToPorts":
       return `${tracked ? "ct original proto-dst" : "th dport"} { ${match.ports.join(", ")} }`;
     case "in":
-      return `iifname ${not(match)}"${match.interface}"`;
+      return `iifname ${not(match)}"${wildcard(match.interface)}"`;
     case "out":
-      return `oifname ${not(match)}"${match.interface}"`;
+      return `oifname ${not(match)}"${wildcard(match.interface)}"`;
     case "fromPorts":
       return `th sport { ${match.ports.join(", ")} }`;
     case "toPorts":
@@ -211,6 +214,8 @@ function expression(match: Match, tracked: boolean): string {
       return "tcp flags & (fin | syn | rst | ack) == syn";
     case "accepted":
       return "tcp flags & (fin | syn | rst | ack) == (syn | ack)";
+    case "invalid":
+      return "ct state invalid";
     case "leased":
       return `${LEASE_KEY} @lease_${match.lease}`;
     case "marked":

@@ -54,6 +54,16 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
       },
       machine: OLD,
     },
+    {
+      name: "interfaces",
+      wish: {
+        ...JOIN,
+        excludeInterfaces: ["wg0"],
+        virtualInterfaces: ["docker0", "virbr+"],
+        dropInvalid: true,
+      },
+      machine: { ...MODERN, interfaces: ["lo", "eth0", "docker0", "virbr0"] },
+    },
     { name: "tproxy", wish: { ...JOIN, interception: TPROXY }, machine: MODERN },
     {
       name: "tproxy-inbound-all-legacy",
@@ -153,6 +163,13 @@ describe("wishes that are refused", () => {
     { name: "a name instead of a resolver's address", wish: { dns: { servers: ["localhost"] } } },
     { name: "a name instead of istiod's address", wish: { istiod: ["istiod.istio-system.svc"] } },
     { name: "a port beyond the last", wish: { inbound: { kind: "ports", ports: [70_000] } } },
+    { name: "lo as an interface to leave alone", wish: { excludeInterfaces: ["lo"] } },
+    {
+      name: "an interface that is excluded and captured",
+      wish: { excludeInterfaces: ["a0"], virtualInterfaces: ["a0"] },
+    },
+    { name: "a rule smuggled into an interface", wish: { virtualInterfaces: ["a -j DROP"] } },
+    { name: "a name that no interface can have", wish: { excludeInterfaces: ["sixteen-letters0"] } },
     {
       name: "a routing table of the kernel's own",
       wish: { interception: { mode: "TPROXY", routeTable: 254 } },
@@ -240,6 +257,9 @@ describe("safety", () => {
       fc.record({ kind: fc.constant("all" as const), excludePorts: fc.array(port, { maxLength: 40 }) }),
     ),
     interception: fc.constantFrom(TPROXY, { mode: "REDIRECT" } as const),
+    excludeInterfaces: fc.subarray(["wg0", "br-+"]),
+    virtualInterfaces: fc.subarray(["docker0", "virbr+"]),
+    dropInvalid: fc.boolean(),
     sshPorts: fc.array(port, { maxLength: 3 }),
     outbound: fc
       .record({

@@ -3,12 +3,14 @@ import { zoneRules } from "./plan/dns.ts";
 import { neverCaptured } from "./plan/exemptions.ts";
 import { checkFailurePolicy, describeFailures } from "./plan/failure.ts";
 import { fenceRules } from "./plan/fence.ts";
+import { invalidRules } from "./plan/invalid.ts";
 import { leaseRules } from "./plan/lease.ts";
 import { natRules } from "./plan/nat.ts";
 import { checkScope } from "./plan/senders.ts";
 import { unique } from "./plan/terms.ts";
 import { tproxies, tproxyRules } from "./plan/tproxy.ts";
-import { type Backend, type CaptureWish, check, type MachineFacts } from "./plan/wish.ts";
+import { virtualHooks, virtualRules } from "./plan/virtual.ts";
+import { type Backend, type CaptureWish, check, fitsInterface, type MachineFacts } from "./plan/wish.ts";
 import type { Family, FenceRule, Rule } from "./rules.ts";
 
 export interface FamilyPlan {
@@ -61,6 +63,10 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
   if (wish.ipv6 && machine.ipv6 && machine.programs[6] === undefined && !machine.nft) {
     notes.push("ip6tables is missing: IPv6 traffic is not captured");
   }
+  for (const name of unique([...(wish.excludeInterfaces ?? []), ...(wish.virtualInterfaces ?? [])])) {
+    if (machine.interfaces?.some((there) => fitsInterface(name, there)) === false)
+      notes.push(`there is no interface ${name} now; its rules wait for it`);
+  }
   const sshPorts = unique([...wish.sshPorts, ...machine.sshPorts]);
   const settled: CaptureWish = { ...wish, sshPorts, ipv6: wish.ipv6 && machine.ipv6 };
   checkFailurePolicy(settled);
@@ -78,8 +84,11 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       rules: [
         ...zoneRules(settled, family),
         ...leaseRules(settled, family, machine.dnsTimeouts),
+        ...invalidRules(settled),
         ...tproxyRules(settled, machine.nft),
+        ...virtualRules(settled, family),
         ...natRules(settled, family),
+        ...virtualHooks(settled, family),
       ],
     })),
     ...(wish.interception?.mode === "TPROXY" && tproxies(settled)

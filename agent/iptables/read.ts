@@ -127,13 +127,14 @@ const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
  * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN
  */
 export async function readMachine(host: Reads): Promise<MachineFacts> {
-  const [nft, legacy, plain, probe, timeouts, sshPorts] = await Promise.all([
+  const [nft, legacy, plain, probe, timeouts, sshPorts, links] = await Promise.all([
     backendEvidence(host, "nft"),
     backendEvidence(host, "legacy"),
     tryRun(host, { argv: ["iptables", "--version"] }),
     tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE }),
     tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_TIMEOUT_PROBE }),
     readSshPorts(host),
+    tryRun(host, { argv: ["ip", "-o", "link", "show"] }),
   ]);
   if (probe !== undefined && /Operation not permitted/.test(probe.stderr)) {
     throw new VmmeshError("RULES_PRIVILEGE", "the firewall cannot be read without CAP_NET_ADMIN", {
@@ -155,7 +156,13 @@ export async function readMachine(host: Reads): Promise<MachineFacts> {
     ipv6: ((await host.files.readText("/proc/net/if_inet6")) ?? "") !== "",
     dnsTimeouts: timeouts?.code === 0,
     sshPorts,
+    ...(links?.code === 0 ? { interfaces: parseLinks(links.stdout) } : {}),
   };
+}
+
+/** `2: eth0@if5: <BROADCAST,…` */
+function parseLinks(text: string): string[] {
+  return [...text.matchAll(/^\d+: ([^:@\s]+)/gm)].map(([, name = ""]) => name);
 }
 
 /** Ports on which sshd really listens; 22 if nobody can say. */

@@ -153,6 +153,8 @@ function extension(match: Match, family: Family): string[] {
       return [`-m owner --gid-owner ${match.gid}`];
     case "toThisMachine":
       return ["-m addrtype --dst-type LOCAL"];
+    case "invalid":
+      return ["-m conntrack --ctstate INVALID"];
     case "leased":
       return recent(match.lease, family, `--rcheck --seconds ${LEASE_SECONDS}`);
     case "marked":

@@ -20,6 +20,8 @@ export const CHAIN = {
   inbound: "ISTIO_INBOUND",
   inRedirect: "ISTIO_IN_REDIRECT",
   tproxy: "ISTIO_TPROXY",
+  drop: "ISTIO_DROP",
+  virtual: "VMMESH_VIRTUAL",
   lease: "VMMESH_LEASE",
   /** What a wish for certain senders only leads them to. */
   scope: "VMMESH_SCOPE",
@@ -55,6 +57,7 @@ export type Match =
   | { readonly is: "addressedTo"; readonly cidr: string }
   /** Ports before any NAT, whether the packet is tracked or not. */
   | { readonly is: "addressedToPorts"; readonly ports: readonly number[] }
+  /** A name, or what it begins with and a `+`. */
   | { readonly is: "in" | "out"; readonly interface: string; readonly not?: true }
   | { readonly is: "fromPorts" | "toPorts"; readonly ports: readonly number[] }
   | { readonly is: "owner"; readonly uid: number; readonly not?: true }
@@ -64,6 +67,8 @@ export type Match =
   | { readonly is: "toThisMachine" }
   /** For the fence, whose table serves both families. */
   | { readonly is: "family"; readonly family: Family }
+  /** Conntrack takes it for no part of the connection whose ports it carries: it would not be translated back. */
+  | { readonly is: "invalid" }
   /** First segment of a TCP connection (`--syn`): a live one that conntrack meets in the middle is never redirected. */
   | { readonly is: "opening" }
   /** Second segment (SYN and ACK): a listener is bound. */

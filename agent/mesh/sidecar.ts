@@ -10,6 +10,9 @@ export interface SidecarSettings {
   /** `["*"]`: every port. */
   readonly inboundPorts?: readonly string[];
   readonly interceptionMode?: string;
+  readonly excludeInterfaces?: readonly string[];
+  readonly virtualInterfaces?: readonly string[];
+  readonly dropInvalid?: string;
   readonly tproxyRouteTable?: string;
   readonly inboundExcludePorts?: readonly number[];
   readonly outboundCidrs?: readonly string[];
@@ -46,6 +49,20 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
     setting: "inboundExcludePorts",
     comment:
       "With ISTIO_INBOUND_PORTS=*: ports left alone, beside those of cluster.env and always 22, 15020, 15021 and 15090.",
+  },
+  ISTIO_EXCLUDE_INTERFACES: {
+    setting: "excludeInterfaces",
+    comment:
+      "Interfaces whose traffic is left alone, in both directions, e.g. docker0 or br-+ for all that begin so.",
+  },
+  KUBE_VIRT_INTERFACES: {
+    setting: "virtualInterfaces",
+    comment:
+      "Bridges of containers and virtual machines, e.g. virbr0: what they send to elsewhere is captured like this machine's own. Unset: it is not.",
+  },
+  INVALID_DROP: {
+    setting: "dropInvalid",
+    comment: "true: segments that conntrack calls invalid are dropped on captured ports.",
   },
   ISTIO_INBOUND_INTERCEPTION_MODE: {
     setting: "interceptionMode",

@@ -77,6 +77,11 @@ export interface Workload {
   /** First is the registered one. */
   readonly addresses: readonly string[];
   readonly inbound: { readonly kind: "ports"; readonly ports: readonly number[] } | { readonly kind: "all" };
+  /** Interfaces whose traffic is left alone in both directions, and those behind which containers or machines are captured. */
+  readonly excludeInterfaces: readonly string[];
+  readonly virtualInterfaces: readonly string[];
+  /** What conntrack calls invalid is dropped on captured ports. */
+  readonly dropInvalid: boolean;
   /** How inbound connections reach Envoy; `routeTable` is used by TPROXY alone. */
   readonly interception: { readonly mode: "REDIRECT" | "TPROXY"; readonly routeTable: number };
   readonly inboundExcludePorts: readonly number[];

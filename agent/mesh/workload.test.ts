@@ -163,6 +163,11 @@ describe("what the mesh says", () => {
       env: { ISTIO_META_INTERCEPTION_MODE: "TPROXY", ISTIO_INBOUND_INTERCEPTION_MODE: "REDIRECT" },
       want: { interception: { mode: "REDIRECT" }, meta: { INTERCEPTION_MODE: "REDIRECT" } },
     },
+    {
+      name: "interfaces, in the peer's words",
+      env: { ISTIO_EXCLUDE_INTERFACES: "wg0, br-+", KUBE_VIRT_INTERFACES: "virbr0", INVALID_DROP: "true" },
+      want: { excludeInterfaces: ["wg0", "br-+"], virtualInterfaces: ["virbr0"], dropInvalid: true },
+    },
     { name: "no inbound key: nothing is captured", env: {}, want: { inbound: { kind: "ports", ports: [] } } },
     {
       name: "an empty trust domain is the default one",

@@ -81,6 +81,9 @@ export function workloadOf(input: WorkloadInput): Workload {
     inbound:
       inbound.trim() === "*" ? { kind: "all" } : { kind: "ports", ports: env.ports("ISTIO_INBOUND_PORTS") },
     interception,
+    excludeInterfaces: items(env.get("ISTIO_EXCLUDE_INTERFACES")),
+    virtualInterfaces: items(env.get("KUBE_VIRT_INTERFACES")),
+    dropInvalid: isTrue(env.get("INVALID_DROP") || env.get("DROP_INVALID")),
     inboundExcludePorts: ascending([
       ...NEVER_CAPTURED_INBOUND,
       ...portList(clusterEnv.get("ISTIO_LOCAL_EXCLUDE_PORTS"), "ISTIO_LOCAL_EXCLUDE_PORTS", "cluster.env"),

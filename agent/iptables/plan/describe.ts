@@ -84,6 +84,8 @@ function describeMatch(match: Match): string {
       return "opening";
     case "accepted":
       return "accepted";
+    case "invalid":
+      return "invalid for conntrack";
     case "leased":
       return match.lease === "envoy" ? "while Envoy answers" : "while the agent answers";
     case "marked":

@@ -1,7 +1,7 @@
 import { PORTS } from "../../core/paths.ts";
 import { CHAIN, type Family, hostCidr, type Match, REDIRECTED_TO, type Rule, UDP } from "../rules.ts";
 import { senderMatches } from "./senders.ts";
-import { jump, of, owner, to } from "./terms.ts";
+import { jump, of, owner, to, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** A conntrack zone for the agent's own questions, one for those redirected to it: both may have the same 5-tuple (ch. 7.3). */
@@ -37,6 +37,14 @@ export function zoneRules(wish: CaptureWish, family: Family): Rule[] {
   });
   const only = senderMatches(wish, "only");
   return [
+    ...unique(wish.excludeInterfaces ?? []).map((name) =>
+      rule(
+        CHAIN.dns,
+        [...question, { is: "out", interface: name }],
+        DIRECT_ZONE,
+        "questions through an interface excluded from capture",
+      ),
+    ),
     ...[wish.agentUid, wish.envoyUid].map((uid) =>
       rule(
         CHAIN.dns,

@@ -16,6 +16,10 @@ interface Exemption {
 export function exemptions(wish: CaptureWish, family: Family): Exemption[] {
   const { excludeCidrs, excludePorts } = wish.outbound;
   return [
+    ...unique(wish.excludeInterfaces ?? []).map((name) => ({
+      when: [{ is: "out", interface: name } as const],
+      why: "an interface excluded from capture by configuration",
+    })),
     ...portGroups(wish.sshPorts).map((ports) => ({
       // Only root's: a source port that anybody may bind must not be a way around the mesh.
       when: [TCP, { is: "fromPorts", ports } as const, owner(0)],

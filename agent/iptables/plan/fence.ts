@@ -96,6 +96,14 @@ export function fenceRules(wish: CaptureWish): FenceRule[] {
   return [
     ...outbound,
     ...listeners,
+    ...unique(wish.excludeInterfaces ?? []).map(
+      (name): FenceRule => ({
+        chain: "input",
+        when: [{ is: "in", interface: name }],
+        verdict: RETURN,
+        why: "an interface excluded from capture by configuration",
+      }),
+    ),
     ...(tproxies(wish)
       ? [
           {

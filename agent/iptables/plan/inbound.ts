@@ -26,8 +26,12 @@ export function inboundRules(wish: CaptureWish, table: Table, target: string): R
   const left = portGroups(neverCaptured(wish)).map((ports) =>
     rule([TCP, { is: "toPorts", ports }], RETURN, "sshd and vmmesh's own listeners are never captured"),
   );
+  const interfaces = unique(wish.excludeInterfaces ?? []).map((name) =>
+    rule([{ is: "in", interface: name }], RETURN, "an interface excluded from capture by configuration"),
+  );
   const excluded = wish.inbound.kind === "all" ? unique(wish.inbound.excludePorts) : [];
   return [
+    ...interfaces,
     ...left,
     ...portGroups(excluded).map((ports) =>
       rule([TCP, { is: "toPorts", ports }], RETURN, "an inbound port excluded from capture by configuration"),

@@ -166,7 +166,7 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
 }
 
 /** Where an open destination is followed by a wider closed one, it leaves before that while Envoy does not answer. */
-function outboundRedirect(cell: Outbound, chain: string): Rule[] {
+export function outboundRedirect(cell: Outbound, chain: string): Rule[] {
   const when = outboundMatches(cell);
   const rule = (matches: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
     table: "nat",

@@ -42,6 +42,12 @@ export interface CaptureWish {
   readonly ipv6: boolean;
   /** `ip:port`, let through. */
   readonly istiod: readonly string[];
+  /** Interfaces whose traffic is left alone, in both directions. */
+  readonly excludeInterfaces?: readonly string[];
+  /** Bridges and taps of containers and machines behind this one: what they forward counts as outbound. */
+  readonly virtualInterfaces?: readonly string[];
+  /** Drop what conntrack calls invalid, on captured ports. */
+  readonly dropInvalid?: boolean;
   /** Management networks, let through. */
   readonly keep: readonly string[];
   /** What differs from: declared inbound ports and the mesh closed, the rest open. */
@@ -77,6 +83,8 @@ export interface MachineFacts {
   /** nft can set conntrack timeouts (CONFIG_NF_CONNTRACK_TIMEOUT). */
   readonly dnsTimeouts: boolean;
   readonly sshPorts: readonly number[];
+  /** Names of the interfaces that are there now; absent: not known. */
+  readonly interfaces?: readonly string[];
 }
 
 export function check(wish: CaptureWish): void {
@@ -106,6 +114,7 @@ export function check(wish: CaptureWish): void {
       wrong(`${routeTable} is not a routing table of one's own: it must be between 1 and 252`);
     }
   }
+  checkInterfaces(wish.excludeInterfaces ?? [], wish.virtualInterfaces ?? []);
   const cidrs = [
     ...wish.outbound.cidrs.filter((cidr) => cidr !== "*"),
     ...wish.outbound.excludeCidrs,
@@ -118,6 +127,31 @@ export function check(wish: CaptureWish): void {
   for (const target of wish.istiod) {
     if (parseHostPort(target) === undefined) wrong(`"${target}" is not ip:port`);
   }
+}
+
+/** @throws {VmmeshError} USAGE for what is no interface's name, and for one that is to be both excluded and captured */
+export function checkInterfaces(excluded: readonly string[], virtual: readonly string[]): void {
+  for (const name of [...excluded, ...virtual]) {
+    const what = !isInterfaceName(name)
+      ? `"${name}" is not the name of a network interface`
+      : name === "lo"
+        ? "lo is this machine itself: it is neither excluded nor virtual"
+        : excluded.includes(name) && virtual.includes(name)
+          ? `interface ${name} is both excluded from capture and to be captured`
+          : undefined;
+    if (what !== undefined)
+      throw new VmmeshError("USAGE", what, { next: "`ip link` shows this machine's interfaces." });
+  }
+}
+
+/** At most 15 bytes, no space and no slash (dev_valid_name in the kernel); `+` at the end stands for any ending (iptables(8)). */
+function isInterfaceName(name: string): boolean {
+  return /^[A-Za-z0-9_.@:-]{1,15}\+?$/.test(name) && name.length <= 15 && name !== "." && name !== "..";
+}
+
+/** Does `pattern` of a rule, which may end in `+`, stand for this interface? */
+export function fitsInterface(pattern: string, name: string): boolean {
+  return pattern.endsWith("+") ? name.startsWith(pattern.slice(0, -1)) : name === pattern;
 }
 
 /** Family of an address or prefix; undefined if it is neither. */
