@@ -21,6 +21,20 @@ describe("what concerns us", () => {
       program: "iptables",
     },
     {
+      name: "iptables -t nat -F beside Docker, whose jump goes too, by a newer nft that prints it",
+      lines: ["delete rule ip nat OUTPUT counter packets 0 bytes 0 jump DOCKER # handle 9", BY("iptables")],
+      program: "iptables",
+    },
+    {
+      name: "Docker's jump put behind by whoever wiped the table",
+      lines: [
+        "delete rule ip nat OUTPUT handle 4",
+        "add rule ip nat OUTPUT counter packets 0 bytes 0 jump DOCKER",
+        BY("iptables-restor"),
+      ],
+      program: "iptables-restor",
+    },
+    {
       name: "nft flush ruleset",
       lines: [
         "delete rule inet foo x handle 2",

@@ -93,7 +93,8 @@ function readEvent(line: string): Event | undefined {
   const mine = OUR_CHAINS.includes(chain) || (HOOKS as readonly string[]).includes(chain);
   if (object === "chain") return { concerns: removes && mine, ours: false, owner: undefined };
   const target = /\b(?:jump|goto) (\S+)/.exec(rest)?.[1] ?? "";
-  const owner = ownerOfChain(target);
+  // Whose chain is jumped to says who wrote only where the jump is put ahead: who deletes it is somebody else.
+  const owner = verb === "insert" ? ownerOfChain(target) : undefined;
   if (mine)
     return {
       concerns: true,
