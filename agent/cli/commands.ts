@@ -258,7 +258,7 @@ export const COMMANDS: readonly CommandSpec[] = [
         type: "string",
         choices: ["redirect", "tproxy"],
         describe:
-          "how inbound connections reach Envoy; with tproxy the application sees the client's address (default: what the mesh says, else redirect)",
+          "how inbound connections reach Envoy; with tproxy the application sees the client's address (default: what the mesh says; else tproxy where the machine's own firewall judges by port, redirect where it does not)",
       },
       {
         name: "failure-policy",

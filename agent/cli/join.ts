@@ -8,6 +8,7 @@ import { type Journal, readJournal } from "../daemon/journal.ts";
 import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
 import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
+import { judgesByPort } from "../iptables/hostFirewall.ts";
 import { checkFailurePolicy } from "../iptables/plan/failure.ts";
 import { checkScope } from "../iptables/plan/senders.ts";
 import { checkInterfaces, fitsInterface } from "../iptables/plan/wish.ts";
@@ -54,7 +55,16 @@ export async function join(options: Options): Promise<number> {
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   if (services.kind === "systemd") checkVisible(envoy.path);
   const bundle = await bundleOf(context, options, rehearse);
-  const { files, workload } = await render(context, options, bundle, envoy.path);
+  const asked = text(options, "interception-mode");
+  const draft = await render(context, options, bundle, envoy.path, asked);
+  for (const key of draft.refused)
+    say(`warning: cluster.env: ${key} is not a key of the mesh and is left out`);
+  const needed =
+    asked === undefined && services.kind === "systemd"
+      ? await neededMode(context, bundle, draft.workload)
+      : undefined;
+  const { files, workload } =
+    needed === undefined ? draft : await render(context, options, bundle, envoy.path, needed);
   const spiffe = spiffeOf(workload);
   const steps = planJoin({
     paths,
@@ -216,15 +226,37 @@ async function bundleOf(context: Context, options: Options, rehearse: boolean): 
   return made.bundle;
 }
 
+/**
+ * The mode that this machine's own firewall asks for, where neither the operator nor the mesh has named one.
+ *
+ * @returns undefined: nothing speaks against REDIRECT, or that cannot be seen (without root)
+ */
+async function neededMode(
+  { host }: Context,
+  bundle: Bundle,
+  workload: Workload,
+): Promise<"tproxy" | undefined> {
+  const named = ["ISTIO_INBOUND_INTERCEPTION_MODE", "ISTIO_META_INTERCEPTION_MODE"].some(
+    (key) => (bundle.clusterEnv.get(key) ?? "") !== "",
+  );
+  if (named) return undefined;
+  const why = await judgesByPort(host, workload.inbound.kind === "all" ? "all" : workload.inbound.ports);
+  if (why === undefined) return undefined;
+  say(
+    `inbound by TPROXY: ${why}, and only TPROXY leaves the port as it was (--interception-mode redirect overrides)`,
+  );
+  return "tproxy";
+}
+
 /** The files of this machine, and the workload that they make together. */
 async function render(
   { host, paths }: Context,
   options: Options,
   bundle: Bundle,
   envoyPath: string,
-): Promise<{ files: { path: string; content: string }[]; workload: Workload }> {
+  mode: string | undefined,
+): Promise<{ files: { path: string; content: string }[]; workload: Workload; refused: readonly string[] }> {
   const { kept, refused } = sieveMeshEnv(bundle.clusterEnv);
-  for (const key of refused) say(`warning: cluster.env: ${key} is not a key of the mesh and is left out`);
   const istiod = text(options, "istiod-address");
   const addresses = istiod === undefined ? [...bundle.hosts.values()].flat() : [istiod];
   const meshCidrs = list(options, "mesh-cidr").length > 0 ? list(options, "mesh-cidr") : bundle.meshCidrs;
@@ -234,7 +266,6 @@ async function render(
     header:
       "What the mesh says of this workload, written by `vmmesh join`. Changes belong into sidecar.env, which wins.",
   });
-  const mode = text(options, "interception-mode");
   const sidecarEnv = renderSidecarEnv({
     envoyPath,
     istiodAddresses: addresses,
@@ -268,6 +299,7 @@ async function render(
   checkFailurePolicy({ ...scope, sshPorts: [] });
   return {
     workload,
+    refused,
     files: [
       { path: paths.clusterEnv, content: clusterEnv },
       { path: paths.sidecarEnv, content: sidecarEnv },

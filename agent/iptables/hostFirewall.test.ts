@@ -1,0 +1,102 @@
+import { expect, test } from "vitest";
+import { linuxHost } from "../platform/linux.ts";
+import { judgesByPort } from "./hostFirewall.ts";
+import type { Reads } from "./read.ts";
+
+interface Machine {
+  readonly chains?: string;
+  readonly tables?: Readonly<Record<string, string>>;
+  readonly save?: string;
+  readonly tproxy?: boolean;
+}
+
+function machine({ chains = "", tables = {}, save = "", tproxy = true }: Machine): Reads {
+  const answer = (stdout: string, code = 0) => ({ code, stdout, stderr: "" });
+  return {
+    files: { ...linuxHost().files, readText: async () => "" },
+    run: async ({ argv }) => {
+      const line = argv.join(" ");
+      if (line.startsWith("nft --check")) return answer("", tproxy ? 0 : 1);
+      if (line === "nft list chains") return answer(chains);
+      if (line.startsWith("nft list table ")) return answer(tables[line.slice(15)] ?? "");
+      if (line === "iptables-nft-save") return answer(save);
+      if (line === "ss -ltnpH")
+        return answer("LISTEN 0 9 0.0.0.0:9080 0.0.0.0:*\nLISTEN 0 9 0.0.0.0:9001 0.0.0.0:*\n");
+      throw new Error(`nobody expected: ${line}`);
+    },
+  };
+}
+
+const filter = (policy: string, ...rules: string[]): string =>
+  ["*filter", `:INPUT ${policy} [0:0]`, ":KUBE-FIREWALL - [0:0]", ...rules, "COMMIT", ""].join("\n");
+const FIREWALLD = `table inet firewalld {
+	chain filter_INPUT {
+		type filter hook input priority filter + 10; policy accept;
+	}
+}
+`;
+const DEFAULT_DENY = filter("DROP", "-A INPUT -p tcp -m tcp --dport 9080 -j ACCEPT");
+const KUBERNETES = filter(
+  "ACCEPT",
+  "-A INPUT -j KUBE-FIREWALL",
+  "-A KUBE-FIREWALL -d 127.0.0.0/8 -p udp -j DROP",
+);
+
+const CASES: readonly {
+  name: string;
+  machine: Machine;
+  ports: readonly number[] | "all";
+  why: string | undefined;
+}[] = [
+  { name: "no firewall", machine: {}, ports: [9080], why: undefined },
+  { name: "an INPUT that accepts", machine: { save: filter("ACCEPT") }, ports: "all", why: undefined },
+  { name: "kube-proxy's own rules", machine: { save: KUBERNETES }, ports: [9080], why: undefined },
+  {
+    name: "a default deny that opens the port",
+    machine: { save: DEFAULT_DENY },
+    ports: [9080],
+    why: "port 9080",
+  },
+  {
+    name: "a default deny, and nothing is declared",
+    machine: { save: filter("DROP") },
+    ports: [],
+    why: "lets nothing in",
+  },
+  {
+    name: "a port that is shut, and a redirected connection would get in",
+    machine: { save: filter("ACCEPT", "-A INPUT -p tcp -m tcp --dport 9001 -j DROP") },
+    ports: "all",
+    why: "port 9001",
+  },
+  {
+    name: "firewalld",
+    machine: { chains: FIREWALLD, tables: { "inet firewalld": `${FIREWALLD} reject with icmpx` } },
+    ports: [9080],
+    why: "nft table inet firewalld",
+  },
+  {
+    name: "a foreign table that only counts",
+    machine: { chains: FIREWALLD, tables: { "inet firewalld": `${FIREWALLD} counter accept` } },
+    ports: [9080],
+    why: undefined,
+  },
+  {
+    name: "our own fence",
+    machine: { chains: FIREWALLD.replace("firewalld", "vmmesh-fence") },
+    ports: [9080],
+    why: undefined,
+  },
+  {
+    name: "a kernel without TPROXY, whatever the firewall",
+    machine: { save: DEFAULT_DENY, tproxy: false },
+    ports: [9080],
+    why: undefined,
+  },
+];
+
+test.for(CASES)("$name", async ({ machine: facts, ports, why }) => {
+  const said = await judgesByPort(machine(facts), ports);
+  if (why === undefined) expect(said).toBeUndefined();
+  else expect(said).toContain(why);
+});
