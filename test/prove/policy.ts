@@ -208,6 +208,9 @@ async function look(
     // It does not mend what was taken from it: each window begins with one that is whole.
     await machine.exec("systemctl restart peer");
     await answered(machine, Date.now());
+    // What slipped out while its rules were away would go on in the window of another.
+    await machine.exec("systemctl restart caller");
+    await answered(machine, Date.now());
   }
   const began = Date.now();
   const before = { wire: leakedNow(), app: strangers(machine) };
