@@ -19,6 +19,7 @@ const FILE = "/var/lib/vmmesh/last-good";
 let lab: Lab;
 let details: Machine;
 let reviews: Machine;
+let stopped = false;
 
 beforeAll(async () => {
   requireRoot();
@@ -42,7 +43,7 @@ beforeAll(async () => {
 afterAll(async () => {
   await Promise.all(MACHINES.map((name) => lab?.removeVm(name)));
   // The tests after this one use the same lab.
-  await lab?.startIstiod();
+  if (stopped) await lab.startIstiod();
 });
 
 /** Listeners that Envoy has added, changed or removed since it started. */
@@ -57,7 +58,7 @@ async function statusOf(machine: Machine): Promise<{
   controlPlane: { address?: string; staleSince?: string };
   conditions: { id: string }[];
 }> {
-  return JSON.parse((await machine.exec("vmmesh status --json", { allowFail: true })).stdout || "{}");
+  return JSON.parse((await machine.exec("vmmesh status --output json", { allowFail: true })).stdout || "{}");
 }
 
 describe("a boot without a control plane", () => {
@@ -78,6 +79,7 @@ describe("a boot without a control plane", () => {
   test("the machine serves and calls with its identity again, within seconds, and says that it is stale", async () => {
     // The last accepted set is written at the end of the agent too.
     await lab.stopIstiod();
+    stopped = true;
     await reviews.reboot();
     const booted = performance.now();
     expect((await arrivesAs(details, "http://reviews/", spiffe("details"))).server).toBe("reviews");
@@ -95,13 +97,14 @@ describe("a boot without a control plane", () => {
       "curl -s http://127.0.0.1:15020/stats/prometheus | grep ^vmmesh_xds_stale",
     );
     expect(stdout.trim()).toBe("vmmesh_xds_stale 1");
-    expect((await reviews.exec("journalctl -u vmmesh -b --no-pager")).stdout).toContain("saved at");
+    expect((await reviews.exec("journalctl -u vmmesh-agent -b --no-pager")).stdout).toContain("saved at");
   });
 
   test("with istiod back it is connected and stale no more, and no listener was touched", async () => {
     const before = await listenerChanges(reviews);
     expect(before).toContain("listener_added");
     await lab.startIstiod();
+    stopped = false;
     await waitFor(
       "the connection",
       async () => {
