@@ -212,6 +212,21 @@ export const COMMANDS: readonly CommandSpec[] = [
         describe: "never capture connections of processes of this group",
       },
       {
+        name: "include-outbound-unit",
+        type: "string",
+        repeat: true,
+        value: "UNIT",
+        describe:
+          "capture nobody's connections but those of this systemd service (and of other included owners), through each of its restarts",
+      },
+      {
+        name: "exclude-outbound-unit",
+        type: "string",
+        repeat: true,
+        value: "UNIT",
+        describe: "never capture this systemd service's connections",
+      },
+      {
         name: "include-inbound-port",
         type: "string",
         repeat: true,

@@ -12,6 +12,7 @@ import { findLeftovers, removeLeftovers } from "../iptables/leftovers.ts";
 import { describePlan } from "../iptables/plan/describe.ts";
 import { describePreview, preview, readLive } from "../iptables/preview.ts";
 import { renderPlan } from "../iptables/render.ts";
+import { pruneDropIns } from "../iptables/scope.ts";
 import { hasSystemd, stopRepairs, systemdServices } from "../platform/services.ts";
 import { readOwners } from "../platform/users.ts";
 import type { Options } from "./commands.ts";
@@ -101,6 +102,7 @@ export async function clean(options: Options): Promise<number> {
   const report = await removeCapture(host, context.paths.rules, async () => {
     if (await hasSystemd(host)) await stopRepairs(systemdServices(host));
   });
+  await pruneDropIns(host, {});
   await writeCaptureState(context.host, context.paths, { inForce: false });
   if (wantsJson(options)) print(report);
   else {

@@ -281,6 +281,8 @@ async function render(
     outboundPorts: ports(options, "include-outbound-port"),
     outboundUsers: list(options, "include-outbound-user"),
     outboundExcludeUsers: list(options, "exclude-outbound-user"),
+    outboundUnits: list(options, "include-outbound-unit"),
+    outboundExcludeUnits: list(options, "exclude-outbound-unit"),
     outboundGroups: list(options, "include-outbound-group"),
     outboundExcludeGroups: list(options, "exclude-outbound-group"),
     outboundExcludeCidrs: list(options, "exclude-outbound-cidr"),

@@ -6,6 +6,7 @@ import { parsePolicyRule } from "../iptables/policy.ts";
 import { readMachine } from "../iptables/read.ts";
 import type { OwnerNames, Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";
+import { serviceCgroup } from "../platform/units.ts";
 import { idOf, type Owners } from "../platform/users.ts";
 import { istiodTarget } from "./workloadFiles.ts";
 
@@ -59,15 +60,16 @@ export function policyScope(
 /**
  * Whose connections are captured, as numbers.
  *
- * @throws {VmmeshError} USAGE for a user or group that does not exist
+ * @throws {VmmeshError} USAGE for a user, group or unit that does not exist
  */
 export async function sendersOf(
-  host: Pick<Host, "run">,
+  host: Pick<Host, "run" | "files">,
   { outboundOwners: { only, never } }: Pick<Workload, "outboundOwners">,
 ): Promise<NonNullable<CaptureWish["senders"]>> {
-  const ids = async ({ users, groups }: OwnerNames): Promise<Senders> => ({
+  const ids = async ({ users, groups, units }: OwnerNames): Promise<Senders> => ({
     uids: await Promise.all(users.map((name) => idOf(host, "user", name))),
     gids: await Promise.all(groups.map((name) => idOf(host, "group", name))),
+    units: await Promise.all(units.map((name) => serviceCgroup(host, name))),
   });
   return { only: await ids(only), never: await ids(never) };
 }
@@ -119,7 +121,11 @@ export function captureWords(workload: Workload): {
   };
 }
 
-function ownerWords(which: string, { users, groups }: OwnerNames): string[] {
-  const names = [...users.map((name) => `user ${name}`), ...groups.map((name) => `group ${name}`)];
+function ownerWords(which: string, { users, groups, units }: OwnerNames): string[] {
+  const names = [
+    ...users.map((name) => `user ${name}`),
+    ...groups.map((name) => `group ${name}`),
+    ...units.map((name) => `unit ${name}`),
+  ];
   return names.length === 0 ? [] : [`${which} of ${names.join(", ")}`];
 }

@@ -8,6 +8,7 @@ import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { refuseSharedRouting } from "../iptables/routing.ts";
+import { addDropIns, pruneDropIns } from "../iptables/scope.ts";
 import type { Host } from "../platform/host.ts";
 import { type Services, stopRepairs, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
@@ -92,6 +93,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
         await machine.awaitReady(READY_WITHIN_MS, signal);
       }
       const checks = await passing(await connectivityChecks(host, paths), signal);
+      await addDropIns(host, plan, paths.rules);
       const trial = await applyPlan(host, renderPlan(plan, { comments: true }), {
         confirmWithinMs,
         rulesDir: paths.rules,
@@ -109,11 +111,13 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
         );
       }
       await trial.confirm();
+      await pruneDropIns(host, plan);
       await writeCaptureState(host, paths, { inForce: true, ...captureWords(workload) });
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {
       const report = await removeCapture(host, paths.rules, () => stopRepairs(services));
+      await pruneDropIns(host, {});
       await host.files.remove(paths.captureState);
       if (report.residue.length > 0) {
         throw new VmmeshError("RULES_REJECTED", `rules of ours are still there: ${report.residue[0]}`, {

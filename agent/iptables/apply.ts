@@ -127,12 +127,12 @@ export async function applyPlan(
     const former = await readState(host.files, rulesDir, "confirmed");
     // Its chains would stay behind.
     const shrinks = former !== undefined && !covers(plan, former.state.plan);
-    if (shrinks) await takeOutFormer(host, former, rendered);
+    if (shrinks) await takeOutFormer(host, former, rendered, here);
     await addPassthroughAddress(host, here, plan);
     await layRouting(host, here, plan);
     for (const { family } of plan.families)
       await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
-    await applyNft(host, rendered);
+    await applyNft(host, rendered, here);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, {
       ...state,
@@ -177,12 +177,14 @@ async function takeOutFormer(
   host: Applies,
   { here, state }: { readonly here: string; readonly state: GenerationFile },
   rendered: RenderedPlan,
+  next: string,
 ): Promise<void> {
   if (!rendered.plan.guard) return undo(host, here, "now");
   const kept = nftTables(rendered.plan);
   await applyNft(
     host,
     rendered,
+    next,
     nftTables(state.plan).filter((table) => !kept.includes(table)),
   );
   const script = `${here}/chains.sh`;
@@ -234,6 +236,7 @@ async function writeGeneration(
     ["boot.nft", nftText(rendered)],
     ["routing.sh", rendered.routing],
     ["held.nft", rendered.held],
+    ["scope.sh", rendered.scope],
     ["undo.sh", rendered.undo],
     ["mend.sh", renderMendScript(rendered)],
   ];
@@ -361,16 +364,25 @@ function nftText(rendered: Pick<RenderedPlan, "guard" | "fence">): string | unde
   return text === "" ? undefined : text;
 }
 
-/** @param gone tables that go in the same transaction */
+function scopeCommand(here: string, what: "load" | "refresh"): readonly [string, ...string[]] {
+  return ["sh", `${here}/scope.sh`, what];
+}
+
+/**
+ * @param here directory of the generation
+ * @param gone tables that go in the same transaction
+ */
 async function applyNft(
   host: Applies,
-  rendered: Pick<RenderedPlan, "guard" | "fence">,
+  rendered: Pick<RenderedPlan, "guard" | "fence" | "scope">,
+  here: string,
   gone: readonly string[] = [],
 ): Promise<void> {
   const text = nftText(rendered);
   if (text === undefined) return;
-  const result = await host.run({ argv: ["nft", "-f", "-"], input: `${removeTables(gone)}${text}` });
-  if (result.code !== 0) throw refused(result, "nft -f -");
+  const argv = rendered.scope === undefined ? (["nft", "-f", "-"] as const) : scopeCommand(here, "load");
+  const result = await host.run({ argv, input: `${removeTables(gone)}${text}` });
+  if (result.code !== 0) throw refused(result, argv.join(" "));
 }
 
 async function printed(host: Applies, plan: CapturePlan): Promise<Pick<GenerationFile, "printed" | "nft">> {
@@ -501,7 +513,7 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
   // Both families and nft side by side: none waits for another's thousand rules.
   const first = await Promise.all([
     ...plan.families.map((wanted) => mendTable(host, state, wanted, "nat", "order")),
-    mendNft(host, state),
+    mendNft(host, here, state),
   ]);
   await addPassthroughAddress(host, here, plan);
   const laid = await layRouting(host, here, plan);
@@ -532,19 +544,35 @@ async function takeMended(files: Files, here: string): Promise<string[]> {
 }
 
 /** Guard and fence: what is gone or changed is loaded again, both in one transaction. @returns what was mended */
-async function mendNft(host: Applies, { plan, nft }: GenerationFile): Promise<string[]> {
+async function mendNft(host: Applies, here: string, { plan, nft }: GenerationFile): Promise<string[]> {
   const tables = await Promise.all(
     nftTables(plan).map(async (name) => ({ name, now: await listNftTable(host, name) })),
   );
   const lost = tables.filter(({ name, now }) => now !== nft[name]);
-  if (lost.length === 0) return [];
-  const { guard, fence } = renderPlan(plan, COMMENTS);
+  if (lost.length === 0) {
+    if (plan.units !== undefined) await refreshUnits(host, here);
+    return [];
+  }
+  const { guard, fence, scope } = renderPlan(plan, COMMENTS);
   const isFence = ({ name }: { name: string }): boolean => name.endsWith("-fence");
-  await applyNft(host, {
-    guard: lost.every(isFence) ? undefined : guard,
-    fence: lost.some(isFence) ? fence : undefined,
-  });
+  await applyNft(
+    host,
+    {
+      guard: lost.every(isFence) ? undefined : guard,
+      fence: lost.some(isFence) ? fence : undefined,
+      // A part of the tables only: the elements of the others are there already.
+      scope,
+    },
+    here,
+  );
   return lost.map(({ name, now }) => `table ${name} was ${now === undefined ? "gone" : "changed"}`);
+}
+
+/** The sets as they should be, whoever emptied them; elements are no drift of a table. */
+async function refreshUnits(host: Applies, here: string): Promise<void> {
+  const argv = scopeCommand(here, "refresh");
+  const result = await host.run({ argv });
+  if (result.code !== 0) throw refused(result, argv.join(" "));
 }
 
 /**

@@ -98,7 +98,8 @@ function fits(match: Match, opening: Opening): boolean {
     case "opening":
     case "leased":
       return true;
-    // /proc/net tells a socket's user, not its group.
+    // /proc/net tells a socket's user, not its group or unit.
+    case "unit":
     case "ownerGroup":
     case "accepted":
     case "invalid":

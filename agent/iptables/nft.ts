@@ -10,6 +10,7 @@ import {
   type Rule,
   type Table,
   TPROXY_MARK,
+  unitSet,
 } from "./rules.ts";
 
 export const FENCE_TABLE = "inet vmmesh-fence";
@@ -49,6 +50,7 @@ export function renderGuard(plan: FamilyPlan): string {
       `\tset lease_${lease} { type mark; flags dynamic,timeout; timeout ${LEASE_SECONDS}s; size 16; }`,
     );
   }
+  lines.push(...unitSets(plan.rules));
   if (plan.rules.some((rule) => rule.verdict.do === "forgetSoon")) {
     const policy = `policy = { unreplied : ${LEASE_SECONDS}, replied : ${LEASE_SECONDS} };`;
     lines.push(
@@ -69,6 +71,14 @@ export function renderGuard(plan: FamilyPlan): string {
     lines.push("\t}");
   }
   return [`add table ${table}`, `delete table ${table}`, `table ${table} {`, ...lines, "}", ""].join("\n");
+}
+
+/** Empty: what names a cgroup that is not there cannot be loaded. `scope.sh` fills them. */
+function unitSets(rules: readonly { readonly when: readonly Match[] }[]): string[] {
+  const sets = rules.flatMap(({ when }) =>
+    when.flatMap((match) => (match.is === "unit" ? [unitSet(match.list, match.level)] : [])),
+  );
+  return [...new Set(sets)].map((set) => `\tset ${set} { type cgroupsv2; }`);
 }
 
 /** iptables has a name space of chains for each table, an nft table has one. */
@@ -110,6 +120,7 @@ export function renderFence(rules: readonly FenceRule[]): string {
     `add table ${FENCE_TABLE}`,
     `delete table ${FENCE_TABLE}`,
     `table ${FENCE_TABLE} {`,
+    ...unitSets(rules),
     ...chain("output"),
     ...chain("input"),
     "}",
@@ -204,6 +215,8 @@ function expression(match: Match, tracked: boolean): string {
       return `th dport { ${match.ports.join(", ")} }`;
     case "owner":
       return `meta skuid ${not(match)}${match.uid}`;
+    case "unit":
+      return `socket cgroupv2 level ${match.level} @${unitSet(match.list, match.level)}`;
     case "ownerGroup":
       return `meta skgid ${match.gid}`;
     case "toThisMachine":

@@ -216,6 +216,38 @@ describe("senders", () => {
   });
 });
 
+describe("systemd units", () => {
+  const app = { unit: "app.service", path: "system.slice/app.service" };
+  const deep = { unit: "db@1.service", path: "system.slice/system-db.slice/db@1.service" };
+  const wish = {
+    ...JOIN,
+    senders: {
+      only: { uids: [], gids: [], units: [app, deep] },
+      never: { uids: [], gids: [], units: [{ unit: "x.service", path: "system.slice/x.service" }] },
+    },
+  };
+
+  test("the guard captures alone, from sets that its script fills", async () => {
+    const rendered = renderPlan(planCapture(wish, MODERN), { comments: true });
+    expect(rendered).toMatchObject({ ipv4: undefined, ipv6: undefined, held: undefined });
+    await expect(rendered.guard).toMatchFileSnapshot("./golden/units.guard.nft");
+    await expect(rendered.fence).toMatchFileSnapshot("./golden/units.fence.nft");
+    await expect(rendered.scope).toMatchFileSnapshot("./golden/units.scope.sh");
+    await expect(describePlan(rendered.plan)).toMatchFileSnapshot("./golden/units.plan.txt");
+  });
+
+  test("without nf_tables they are refused, with what to do instead", () => {
+    expect(() => planCapture(wish, OLD)).toThrow("capture by systemd unit needs nf_tables");
+  });
+
+  test("the same unit both ways is refused", () => {
+    const both = { uids: [], gids: [], units: [app] };
+    expect(() => planCapture({ ...JOIN, senders: { only: both, never: both } }, MODERN)).toThrow(
+      "unit app.service is both included and excluded",
+    );
+  });
+});
+
 describe("ports captured wherever they lead", () => {
   const wish = { ...JOIN, outbound: { cidrs: [], excludeCidrs: [], excludePorts: [], includePorts: [443] } };
 

@@ -6,12 +6,19 @@ import { fenceRules } from "./plan/fence.ts";
 import { invalidRules } from "./plan/invalid.ts";
 import { leaseRules } from "./plan/lease.ts";
 import { natRules } from "./plan/nat.ts";
-import { checkScope } from "./plan/senders.ts";
+import { checkScope, chosenUnits } from "./plan/senders.ts";
 import { unique } from "./plan/terms.ts";
 import { tproxies, tproxyRules } from "./plan/tproxy.ts";
 import { virtualHooks, virtualRules } from "./plan/virtual.ts";
-import { type Backend, type CaptureWish, check, fitsInterface, type MachineFacts } from "./plan/wish.ts";
-import type { Family, FenceRule, Rule } from "./rules.ts";
+import {
+  type Backend,
+  type CaptureWish,
+  check,
+  fitsInterface,
+  type MachineFacts,
+  type UnitCgroup,
+} from "./plan/wish.ts";
+import type { Family, FenceRule, Rule, UnitList } from "./rules.ts";
 
 export interface FamilyPlan {
   readonly family: Family;
@@ -34,6 +41,8 @@ export interface CapturePlan {
   readonly agentUid: number;
   readonly inboundPorts: readonly number[] | "all";
   readonly sshPorts: readonly number[];
+  /** Systemd units by which capture chooses; undefined: by none. */
+  readonly units?: readonly (UnitCgroup & { readonly list: UnitList })[] | undefined;
   /** The failure policy in words. */
   readonly failures: readonly string[];
   /** Sentences for a person: what this machine cannot have, and why. */
@@ -53,7 +62,21 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       next: "Install the package `iptables` (or `nftables`), and see that the kernel has netfilter; then join again.",
     });
   }
+  const units = chosenUnits(wish);
+  if (units !== undefined && !machine.nft) {
+    throw new VmmeshError(
+      "RULES_REJECTED",
+      "capture by systemd unit needs nf_tables, which is not usable here",
+      {
+        next: "Install the package `nftables`, or choose by user: --include-outbound-user, --exclude-outbound-user.",
+      },
+    );
+  }
   const notes: string[] = [];
+  if (units !== undefined)
+    notes.push(
+      "units are chosen, and iptables cannot follow one through a restart: the guard captures alone",
+    );
   if (!machine.nft) {
     notes.push(
       "nf_tables is not usable here: guard and fence are left out, only the order of the iptables rules protects capture",
@@ -77,7 +100,9 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       : unique(wish.inbound.ports).filter((port) => !neverCaptured(settled).includes(port));
   return {
     version: 1,
-    backend: machine.backend,
+    // A redirect there would take what the guard lets go.
+    backend: units === undefined ? machine.backend : undefined,
+    ...(units === undefined ? {} : { units }),
     programs: machine.programs,
     families: families.map((family) => ({
       family,

@@ -11,6 +11,7 @@ import {
   type Table,
   TPROXY_MARK,
 } from "./rules.ts";
+import { renderScope } from "./scope.ts";
 import { renderUndoScript } from "./undo.ts";
 
 /** nat comes last: until then nothing is redirected, and every table commits alone. */
@@ -28,6 +29,8 @@ export interface RenderedPlan {
   readonly routing: string | undefined;
   /** For the process that holds a second fence. */
   readonly held: string | undefined;
+  /** A shell script that keeps the cgroups of chosen units in the sets of guard and fence; undefined: none are chosen. */
+  readonly scope: string | undefined;
   /** A shell script that takes all of it out again, whatever is left of it, and needs no Node. */
   readonly undo: string;
 }
@@ -53,7 +56,9 @@ export function renderPlan(plan: CapturePlan, options: { comments: boolean }): R
     guard: plan.guard ? plan.families.map((family) => renderGuard(family)).join("") : undefined,
     fence: plan.fence.length > 0 ? renderFence(plan.fence) : undefined,
     routing: renderRouting(plan),
-    held: plan.fence.length > 0 ? renderHeld(plan.fence) : undefined,
+    // Nobody but its owner could tell the held fence of a unit's new cgroup.
+    held: plan.fence.length > 0 && plan.units === undefined ? renderHeld(plan.fence) : undefined,
+    scope: renderScope(plan),
     undo: renderUndoScript(plan),
   };
 }
@@ -151,6 +156,9 @@ function extension(match: Match, family: Family): string[] {
       return [`-m owner ${not(match)}--uid-owner ${match.uid}`];
     case "ownerGroup":
       return [`-m owner --gid-owner ${match.gid}`];
+    // A wish for units leaves iptables out: its match stays with the cgroup that was there when the rule was loaded.
+    case "unit":
+      return [];
     case "toThisMachine":
       return ["-m addrtype --dst-type LOCAL"];
     case "invalid":

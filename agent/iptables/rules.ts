@@ -49,6 +49,14 @@ export const REDIRECTED_TO: Readonly<Record<Family, string>> = { 4: "127.0.0.1",
  */
 export const TPROXY_MARK = { value: 0x539, mask: 0xfff } as const;
 
+/** Units that alone are captured, or that never are. */
+export type UnitList = "only" | "never";
+
+/** The set that holds the cgroups of listed units: nft compares those of one depth. */
+export function unitSet(list: UnitList, level: number): string {
+  return `units_${list}_${level}`;
+}
+
 export type Match =
   | { readonly is: "protocol"; readonly protocol: "tcp" | "udp" }
   | { readonly is: "from"; readonly cidr: string }
@@ -63,6 +71,8 @@ export type Match =
   | { readonly is: "owner"; readonly uid: number; readonly not?: true }
   /** Effective group of the process that made the socket; its further groups do not count. */
   | { readonly is: "ownerGroup"; readonly gid: number }
+  /** Made by a process of one of the listed systemd units whose cgroups lie this deep; nft only. */
+  | { readonly is: "unit"; readonly list: UnitList; readonly level: number }
   /** The destination is an address of this machine: forwarded packets of containers are none of our business. */
   | { readonly is: "toThisMachine" }
   /** For the fence, whose table serves both families. */

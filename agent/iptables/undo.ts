@@ -52,7 +52,11 @@ export function renderUndoScript(plan: CapturePlan): string {
           removeTables(["ip vmmesh", "ip6 vmmesh", FENCE_TABLE]).trimEnd(),
           "END",
           '  cat "$former"',
-          "} | nft -f - || failed=1",
+          '} | if [ "$mode" != now ] && [ -e "$rules/confirmed/scope.sh" ]; then',
+          '  sh "$rules/confirmed/scope.sh" load',
+          "else",
+          "  nft -f -",
+          "fi || failed=1",
         ]
       : []),
     `[ ! -e "$here/made.address" ] || ip -6 addr del ${PASSTHROUGH[6]}/128 dev lo || true`,

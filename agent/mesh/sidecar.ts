@@ -24,6 +24,8 @@ export interface SidecarSettings {
   readonly outboundExcludeUsers?: readonly string[];
   readonly outboundGroups?: readonly string[];
   readonly outboundExcludeGroups?: readonly string[];
+  readonly outboundUnits?: readonly string[];
+  readonly outboundExcludeUnits?: readonly string[];
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
@@ -106,6 +108,15 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: {
     setting: "outboundExcludeGroups",
     comment: "Groups whose processes' connections are left alone.",
+  },
+  VMMESH_OUTBOUND_UNITS: {
+    setting: "outboundUnits",
+    comment:
+      "Systemd services whose connections go through Envoy, e.g. shop.service; with any of the keys for owners or units set, nobody else's do.",
+  },
+  VMMESH_OUTBOUND_UNITS_EXCLUDE: {
+    setting: "outboundExcludeUnits",
+    comment: "Systemd services whose connections are left alone.",
   },
   VMMESH_MESH_CIDRS: {
     setting: "meshCidrs",

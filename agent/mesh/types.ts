@@ -51,6 +51,8 @@ export interface ReadinessProbe {
 export interface OwnerNames {
   readonly users: readonly string[];
   readonly groups: readonly string[];
+  /** Systemd units. */
+  readonly units: readonly string[];
 }
 
 /** Everything the daemon knows of its workload, read from cluster.env, sidecar.env and mesh.yaml. Pure data. */
@@ -91,7 +93,7 @@ export interface Workload {
   readonly outboundExcludePorts: readonly number[];
   /** Captured wherever they lead. */
   readonly outboundPorts: readonly number[];
-  /** Users and groups, by name or number, whose connections are captured (`only`, empty: everybody's) or left alone. */
+  /** Users and groups, by name or number, and systemd units whose connections are captured (`only`, empty: everybody's) or left alone. */
   readonly outboundOwners: { readonly only: OwnerNames; readonly never: OwnerNames };
   /** Where the mesh's services live: the fence refuses what would reach them past Envoy. */
   readonly meshCidrs: readonly string[];

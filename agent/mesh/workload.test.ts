@@ -116,7 +116,10 @@ describe("the machine's own file", () => {
       mesh: { ISTIO_OUTBOUND_OWNER_GROUPS: "*", ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE: "ftp,888" },
       own: {},
       want: {
-        outboundOwners: { only: { users: [], groups: [] }, never: { users: [], groups: ["ftp", "888"] } },
+        outboundOwners: {
+          only: { users: [], groups: [], units: [] },
+          never: { users: [], groups: ["ftp", "888"], units: [] },
+        },
       },
     },
     {
@@ -361,6 +364,8 @@ describe("sidecar.env", () => {
       outboundExcludeUsers: ["backup"],
       outboundGroups: ["java"],
       outboundExcludeGroups: ["ftp"],
+      outboundUnits: ["shop.service"],
+      outboundExcludeUnits: ["backup"],
     });
     expect(workload({}, Object.fromEntries(parseEnv(text, "sidecar.env")))).toMatchObject({
       addresses: ["10.0.0.9", "10.0.0.7", "2001:db8::7", "172.17.0.1"],
@@ -374,8 +379,8 @@ describe("sidecar.env", () => {
       failurePolicy: ["outbound:[fd00::/8]:443=closed", "inbound:*=open"],
       outboundPorts: [443],
       outboundOwners: {
-        only: { users: ["alice", "1001"], groups: ["java"] },
-        never: { users: ["backup"], groups: ["ftp"] },
+        only: { users: ["alice", "1001"], groups: ["java"], units: ["shop.service"] },
+        never: { users: ["backup"], groups: ["ftp"], units: ["backup"] },
       },
     });
   });

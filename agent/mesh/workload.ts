@@ -104,10 +104,12 @@ export function workloadOf(input: WorkloadInput): Workload {
       only: {
         users: env.local("VMMESH_OUTBOUND_OWNER_USERS"),
         groups: everybody(env.list("ISTIO_OUTBOUND_OWNER_GROUPS")),
+        units: env.local("VMMESH_OUTBOUND_UNITS"),
       },
       never: {
         users: env.local("VMMESH_OUTBOUND_OWNER_USERS_EXCLUDE"),
         groups: env.list("ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE"),
+        units: env.local("VMMESH_OUTBOUND_UNITS_EXCLUDE"),
       },
     },
     meshCidrs: env.cidrs("VMMESH_MESH_CIDRS"),

@@ -18,6 +18,8 @@ export function describePlan(plan: CapturePlan): string {
     lines.push(
       "Fence: table `inet vmmesh-fence` refuses what is closed and counts what is open, where it would go past Envoy.",
     );
+  for (const { unit, list, path } of plan.units ?? [])
+    lines.push(`Unit ${unit}: ${list === "only" ? "captured" : "never captured"} (cgroup ${path}).`);
   for (const note of plan.notes) lines.push(`Note: ${note}.`);
   for (const { family, rules } of plan.families) {
     lines.push("", `IPv${family}`);
@@ -74,6 +76,8 @@ function describeMatch(match: Match): string {
       return `to port ${match.ports.join(",")}`;
     case "owner":
       return `${not}sent by uid ${match.uid}`;
+    case "unit":
+      return match.list === "only" ? "sent by a unit that is captured" : "sent by a unit that never is";
     case "ownerGroup":
       return `sent by gid ${match.gid}`;
     case "family":

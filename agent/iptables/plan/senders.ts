@@ -1,6 +1,7 @@
 import { VmmeshError } from "../../core/errors.ts";
+import type { CapturePlan } from "../plan.ts";
 import type { Match } from "../rules.ts";
-import type { CaptureWish, Senders } from "./wish.ts";
+import type { CaptureWish, Senders, UnitCgroup } from "./wish.ts";
 
 /**
  * One match for each kind of sender. A rule for each: iptables cannot say "one of these users" in one.
@@ -9,10 +10,11 @@ import type { CaptureWish, Senders } from "./wish.ts";
  */
 export function senderMatches({ senders }: Pick<CaptureWish, "senders">, which: "only" | "never"): Match[] {
   if (senders === undefined) return [];
-  const { uids, gids } = senders[which];
+  const { uids, gids, units = [] } = senders[which];
   return [
     ...[...new Set(uids)].map((uid): Match => ({ is: "owner", uid })),
     ...[...new Set(gids)].map((gid): Match => ({ is: "ownerGroup", gid })),
+    ...[...new Set(units.map(levelOf))].map((level): Match => ({ is: "unit", list: which, level })),
   ];
 }
 
@@ -27,6 +29,7 @@ export function checkScope(wish: Pick<CaptureWish, "outbound" | "senders">): voi
     ["outbound port", includePorts, excludePorts],
     ["uid", only.uids, never.uids],
     ["gid", only.gids, never.gids],
+    ["unit", unitNames(only), unitNames(never)],
   ];
   for (const [what, included, excluded] of pairs) {
     const both = included.find((item) => excluded.includes(item));
@@ -35,6 +38,21 @@ export function checkScope(wish: Pick<CaptureWish, "outbound" | "senders">): voi
         next: "Leave one of the two out of the join options or sidecar.env, then run the command again.",
       });
   }
+}
+
+const unitNames = ({ units = [] }: Senders): string[] => units.map(({ unit }) => unit);
+
+/** How deep below the root of the cgroups a unit is. */
+export function levelOf({ path }: Pick<UnitCgroup, "path">): number {
+  return path.split("/").length;
+}
+
+/** Every unit that is chosen; undefined: none is. */
+export function chosenUnits({ senders }: Pick<CaptureWish, "senders">): CapturePlan["units"] {
+  const units = (["only", "never"] as const).flatMap((list) =>
+    (senders?.[list].units ?? []).map((unit) => ({ ...unit, list })),
+  );
+  return units.length === 0 ? undefined : units;
 }
 
 const NOBODY: Senders = { uids: [], gids: [] };

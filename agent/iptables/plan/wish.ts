@@ -7,6 +7,13 @@ import type { Family } from "../rules.ts";
 export interface Senders {
   readonly uids: readonly number[];
   readonly gids: readonly number[];
+  readonly units?: readonly UnitCgroup[];
+}
+
+/** A systemd unit and its cgroup below the root of the unified hierarchy, e.g. `system.slice/app.service`. */
+export interface UnitCgroup {
+  readonly unit: string;
+  readonly path: string;
 }
 
 /** What is wanted, in words of the mesh. */

@@ -1,0 +1,129 @@
+import { VmmeshError } from "../core/errors.ts";
+import type { Files, Host } from "../platform/host.ts";
+import { FENCE_TABLE, guardTable } from "./nft.ts";
+import { levelOf } from "./plan/senders.ts";
+import type { UnitCgroup } from "./plan/wish.ts";
+import type { CapturePlan } from "./plan.ts";
+import { type UnitList, unitSet } from "./rules.ts";
+
+/**
+ * Units are matched by the number of their cgroup, which is another one after each restart. The numbers are elements of
+ * sets; an `ExecCondition=` of the unit, run in its new cgroup before any process of its own, adds the new one. Who writes
+ * the sets holds a lock while he looks which cgroups there are: so no number is lost between a look and a load.
+ */
+const LOCK = "/run/vmmesh-scope.lock";
+const SYSTEM_UNITS = "/etc/systemd/system";
+const DROP_IN = "50-vmmesh.conf";
+
+/**
+ * Shell for the generation's directory:
+ * `load` feeds nft its standard input and the elements in one transaction; `refresh` sets the elements right, cgroups that
+ * are gone left out; `start UNIT` adds that unit's. Without tables (somebody flushed them) `start` has nothing to add to:
+ * repair brings them back with the elements in them. undefined: the plan names no unit.
+ *
+ * Exit status of `start`: not 0 if a unit that alone is captured cannot be added.
+ */
+export function renderScope(plan: CapturePlan): string | undefined {
+  const units = plan.units ?? [];
+  if (units.length === 0) return undefined;
+  const tables = [
+    ...plan.families.map(({ family }) => guardTable(family)),
+    ...(plan.fence.some(({ when }) => when.some(({ is }) => is === "unit")) ? [FENCE_TABLE] : []),
+  ];
+  const sets = [...new Set(units.map((unit) => unitSet(unit.list, levelOf(unit))))];
+  const elements = (unit: UnitCgroup & { list: UnitList }, index: number): string[] => [
+    `unit_${index}() {`,
+    `  [ -d '/sys/fs/cgroup/${unit.path}' ] || return 0`,
+    ...tables.map(
+      (table) => `  echo 'add element ${table} ${unitSet(unit.list, levelOf(unit))} { "${unit.path}" }'`,
+    ),
+    "}",
+  ];
+  const flush = tables.flatMap((table) => sets.map((set) => `  echo 'flush set ${table} ${set}'`));
+  return [
+    "#!/bin/sh",
+    "# vmmesh: keeps the cgroups of chosen units in the sets of guard and fence. Needs no Node.",
+    `exec 9>${LOCK}`,
+    "flock 9",
+    ...units.flatMap(elements),
+    `elements() { ${units.map((_, index) => `unit_${index};`).join(" ")} }`,
+    "flush() {",
+    ...flush,
+    "}",
+    "# A cgroup that went between our look and nft's makes nft refuse the whole text.",
+    "load() {",
+    "  for try in 1 2 3; do",
+    '    { printf "%s\\n" "$1"; elements; } | nft -f - && return 0',
+    "  done",
+    "  return 1",
+    "}",
+    `there() { ${tables.map((table) => `nft -t list table ${table} >/dev/null 2>&1`).join(" && ")}; }`,
+    'case "$1:$2" in',
+    'load:) load "$(cat)" ;;',
+    'refresh:) load "$(flush)" ;;',
+    ...units.map(
+      ({ unit, list }, index) =>
+        `start:${unit}) ! there || unit_${index} | nft -f -${list === "only" ? "" : " || echo 'vmmesh: captured until the next repair' >&2"} ;;`,
+    ),
+    "esac",
+    "",
+  ].join("\n");
+}
+
+/**
+ * Has systemd tell the sets of each restart of these units. Those of other units stay: a trial may be taken back.
+ *
+ * @throws {VmmeshError} RULES_REJECTED if systemd does not read its units again
+ */
+export async function addDropIns(
+  host: Pick<Host, "files" | "run">,
+  plan: CapturePlan,
+  rulesDir: string,
+): Promise<void> {
+  const text = [
+    "# Written by vmmesh for --include-outbound-unit and --exclude-outbound-unit; `vmmesh leave` takes it away.",
+    "[Service]",
+    `ExecCondition=+/bin/sh -c 'cd ${rulesDir} || exit 0; for at in trial confirmed; do [ ! -e $$at/scope.sh ] || sh $$at/scope.sh start "%n" || exit 255; done'`,
+    "",
+  ].join("\n");
+  let changed = false;
+  for (const { unit } of plan.units ?? []) {
+    const folder = `${SYSTEM_UNITS}/${unit}.d`;
+    if ((await host.files.readText(`${folder}/${DROP_IN}`)) === text) continue;
+    if ((await host.files.stat(folder)) === undefined) await host.files.makeDir(folder, { mode: 0o755 });
+    await host.files.writeAtomic(`${folder}/${DROP_IN}`, text, { mode: 0o644 });
+    changed = true;
+  }
+  if (changed) await reload(host);
+}
+
+/**
+ * Takes the drop-ins of all units away but of those that the plan names.
+ *
+ * @throws {VmmeshError} RULES_REJECTED if systemd does not read its units again
+ */
+export async function pruneDropIns(
+  host: { readonly files: Files } & Pick<Host, "run">,
+  plan: Pick<CapturePlan, "units">,
+): Promise<void> {
+  const kept = (plan.units ?? []).map(({ unit }) => `${unit}.d`);
+  let changed = false;
+  for (const name of (await host.files.list(SYSTEM_UNITS)) ?? []) {
+    const folder = `${SYSTEM_UNITS}/${name}`;
+    if (!name.endsWith(".service.d") || kept.includes(name)) continue;
+    if ((await host.files.stat(`${folder}/${DROP_IN}`)) === undefined) continue;
+    await host.files.remove(`${folder}/${DROP_IN}`);
+    if ((await host.files.list(folder))?.length === 0) await host.files.remove(folder);
+    changed = true;
+  }
+  if (changed) await reload(host);
+}
+
+async function reload(host: Pick<Host, "run">): Promise<void> {
+  const { code, stderr } = await host.run({ argv: ["systemctl", "daemon-reload"] });
+  if (code === 0) return;
+  throw new VmmeshError("RULES_REJECTED", "systemd did not read its units again", {
+    cause: new Error(stderr.trim()),
+    next: "Run `systemctl daemon-reload`, mend what it names, and run the same command again.",
+  });
+}
