@@ -5,7 +5,15 @@ export default defineConfig({
   test: {
     reporters: ["default", "./test/tally.ts"],
     projects: [
-      { extends: true, test: { name: "unit", include: ["agent/**/*.test.ts", "test/*.test.ts"] } },
+      {
+        extends: true,
+        test: {
+          name: "unit",
+          include: ["agent/**/*.test.ts", "test/*.test.ts"],
+          // The properties take their time on a loaded machine.
+          testTimeout: 30_000,
+        },
+      },
       {
         extends: true,
         test: {
