@@ -35,7 +35,13 @@ describe("the units say what the code says", () => {
   test("no unit starts sudo or a shell, but for the text that root itself has rendered", () => {
     const [, mend = ""] = /^ExecStart=(.*)$/m.exec(unit(UNITS.mendRun)) ?? [];
     expect(mend).toBe(`-/bin/sh ${at.rules}/confirmed/mend.sh`);
-    for (const name of readdirSync("systemd").filter((it) => it !== UNITS.mendRun))
+    // The fence's only chooses between two files that root has rendered.
+    const [, fence = ""] = /^ExecStart=(.*)$/m.exec(unit(UNITS.fence)) ?? [];
+    expect(fence).toBe(
+      "/bin/sh -c 'if [ -e scope.sh ]; then exec /bin/sh scope.sh load <boot.nft; fi; exec /usr/sbin/nft -f boot.nft'",
+    );
+    const shells: readonly string[] = [UNITS.mendRun, UNITS.fence];
+    for (const name of readdirSync("systemd").filter((it) => !shells.includes(it)))
       expect(unit(name)).not.toMatch(/^Exec\w+=.*\b(sh|bash|sudo)\b/m);
   });
 

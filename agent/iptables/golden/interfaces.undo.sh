@@ -25,7 +25,11 @@ add table inet vmmesh-fence
 delete table inet vmmesh-fence
 END
   cat "$former"
-} | nft -f - || failed=1
+} | if [ "$mode" != now ] && [ -e "$rules/confirmed/scope.sh" ]; then
+  sh "$rules/confirmed/scope.sh" load
+else
+  nft -f -
+fi || failed=1
 [ ! -e "$here/made.address" ] || ip -6 addr del ::6/128 dev lo || true
 text=$(
   echo '*nat'
