@@ -332,6 +332,12 @@ export function refused(result: CommandResult, what: string): VmmeshError {
       next: "Run the command as root, in the network namespace of the machine itself.",
     });
   }
+  if (/holding the xtables lock/.test(reason)) {
+    return new VmmeshError("RULES_REJECTED", `\`${what}\` waited in vain for the xtables lock`, {
+      cause,
+      next: "Run `fuser -v /run/xtables.lock` to see which program holds it; when it has ended, run the command again.",
+    });
+  }
   return new VmmeshError("RULES_REJECTED", `\`${what}\` was refused by the kernel`, {
     cause,
     next: "Run `vmmesh iptables audit` to see which tables are in force, then send its output with the bug report.",
