@@ -183,7 +183,7 @@ describe("a trial whose owner was killed", () => {
     await expect(applyPlan(host, rendered(), OPTIONS)).rejects.toMatchObject({ code: "BUSY" });
     ran.length = 0;
     await takeBackTrial(host, OPTIONS.rulesDir, "systemd");
-    expect(ran).toEqual(["sh /rules/gen-00000000/undo.sh trial", "systemctl stop vmmesh-rollback.timer"]);
+    expect(ran).toEqual(["sh /rules/gen-00000000/undo.sh trial 10", "systemctl stop vmmesh-rollback.timer"]);
     // The script is not run here; it renames the link.
     await files.remove("/rules/trial");
     await expect(applyPlan(host, rendered(), OPTIONS)).resolves.toHaveProperty("generation");
@@ -217,7 +217,7 @@ describe("taking the rules out", () => {
       expect(await files.readLink("/rules/confirmed")).toBeUndefined();
       expect(await loadConfirmed(host, OPTIONS.rulesDir)).toMatchObject({ state: "nothing confirmed" });
     });
-    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now");
+    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now 10");
     expect(await files.list("/rules")).toBeUndefined();
   });
 
@@ -226,6 +226,6 @@ describe("taking the rules out", () => {
     const killed = removeCapture(host, OPTIONS.rulesDir, () => Promise.reject(new Error("killed")));
     await expect(killed).rejects.toThrow("killed");
     expect((await removeCapture(host, OPTIONS.rulesDir)).removed).toEqual(["/rules/gen-00000000"]);
-    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now");
+    expect(ran).toContain("sh /rules/gen-00000000/undo.sh now 10");
   });
 });

@@ -10,10 +10,10 @@ import {
   readMachine,
   readTable,
   readTables,
-  refused,
   type SeenTable,
   tryRun,
 } from "./read.ts";
+import { refusal, refused } from "./refusal.ts";
 import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
 import { refuseSharedRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
@@ -62,6 +62,8 @@ export interface PrintedTable {
 const ROLLBACK_UNIT = "vmmesh-rollback";
 const HOLD_UNIT = "vmmesh-hold.service";
 const PRIVATE = { mode: 0o600 } as const;
+/** So long a person waits for iptables-legacy's lock; the timer waits for as long as it takes. */
+const LOCK_SECONDS = "10";
 /** Another program may change the rules between our look and our restore; then the kernel refuses our `-D` and we look again. */
 const ATTEMPTS = 3;
 const COMMENTS = { comments: true } as const;
@@ -189,8 +191,8 @@ async function takeOutFormer(
   );
   const script = `${here}/chains.sh`;
   await host.files.writeAtomic(script, renderUndoScript({ ...state.plan, guard: false }), PRIVATE);
-  const result = await host.run({ argv: ["sh", script, "now"] });
-  if (result.code !== 0) throw refused(result, `${script} now`);
+  const result = await host.run({ argv: ["sh", script, "now", LOCK_SECONDS] });
+  if (result.code !== 0) throw await refusal(host, result, `${script} now`);
 }
 
 /** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
@@ -215,7 +217,7 @@ async function test(host: Applies, rendered: RenderedPlan): Promise<void> {
     if (text === undefined) continue;
     const [program, ...args] = restoreCommand(plan, family);
     const result = await host.run({ argv: [program, "--test", ...args], input: text });
-    if (result.code !== 0) throw refused(result, `${program} --test`);
+    if (result.code !== 0) throw await refusal(host, result, `${program} --test`);
   }
   const nft = nftText(rendered);
   if (nft === undefined) return;
@@ -353,7 +355,7 @@ async function applyFamily(
       .join("");
     const result = await host.run({ argv, input: text });
     if (result.code === 0) return;
-    if (result.code !== 1 || attempt >= ATTEMPTS) throw refused(result, argv.join(" "));
+    if (result.code !== 1 || attempt >= ATTEMPTS) throw await refusal(host, result, argv.join(" "));
     now = await readTables(host, plan);
   }
 }
@@ -425,9 +427,9 @@ async function carryMarks(files: Files, from: string, to: string): Promise<void>
   }
 }
 
-async function undo(host: Pick<Host, "run">, here: string, mode: "trial" | "now"): Promise<void> {
-  const result = await host.run({ argv: ["sh", `${here}/undo.sh`, mode] });
-  if (result.code !== 0) throw refused(result, `${here}/undo.sh ${mode}`);
+async function undo(host: Applies, here: string, mode: "trial" | "now"): Promise<void> {
+  const result = await host.run({ argv: ["sh", `${here}/undo.sh`, mode, LOCK_SECONDS] });
+  if (result.code !== 0) throw await refusal(host, result, `${here}/undo.sh ${mode}`);
 }
 
 async function bootId(files: Pick<Files, "readText">): Promise<string> {
@@ -716,8 +718,8 @@ async function removeUnrecorded(host: Applies): Promise<boolean> {
     seen.some((table) => table.own.length > 0 || table.jumps.length > 0) ||
     tables.some((it) => it !== undefined);
   if (!ours || foreignIstio(seen).length > 0) return false;
-  const result = await host.run({ argv: ["sh", "-s", "now"], input: renderUndoScript(plan) });
-  if (result.code !== 0) throw refused(result, "the undo script");
+  const result = await host.run({ argv: ["sh", "-s", "now", LOCK_SECONDS], input: renderUndoScript(plan) });
+  if (result.code !== 0) throw await refusal(host, result, "the undo script");
   return true;
 }
 

@@ -2,7 +2,8 @@ import { VmmeshError } from "../core/errors.ts";
 import type { Host } from "../platform/host.ts";
 import { type ParsedRule, type ParsedTable, parseSave } from "./parse.ts";
 import type { Backend } from "./plan/wish.ts";
-import { refused, tryRun } from "./read.ts";
+import { tryRun } from "./read.ts";
+import { refusal } from "./refusal.ts";
 import { COMMENT_PREFIX, type Family } from "./rules.ts";
 
 /** What Istio's own tools have left on this machine, and the commands that take it out. */
@@ -151,7 +152,7 @@ export async function removeLeftovers(
   const before = await foreignRules(host);
   for (const { argv, input } of steps) {
     const result = await host.run({ argv, ...(input === undefined ? {} : { input }) });
-    if (result.code !== 0) throw refused(result, argv.join(" "));
+    if (result.code !== 0) throw await refusal(host, result, argv.join(" "));
   }
   const after = await foreignRules(host);
   return { foreignUnchanged: before.join("\n") === after.join("\n") };

@@ -14,6 +14,7 @@ import {
 } from "./parse.ts";
 import type { Backend, MachineFacts } from "./plan/wish.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
+import { refusal } from "./refusal.ts";
 import { ownChains, type SeenJump, TABLES, tableRules } from "./render.ts";
 import { COMMENT_PREFIX, type Family, HOOKS, type Table } from "./rules.ts";
 
@@ -214,7 +215,8 @@ export async function readChain(
   if (plan.backend === "legacy" && !(await legacyTables(host, family)).includes(table)) return [];
   const wait = plan.backend === "legacy" ? ["-w", "5"] : [];
   const result = await host.run({ argv: [program, ...wait, "-t", table, "-S", chain] });
-  if (result.code === 4 || result.code === 3) throw refused(result, `${program} -t ${table} -S ${chain}`);
+  if (result.code === 4 || result.code === 3)
+    throw await refusal(host, result, `${program} -t ${table} -S ${chain}`);
   return result.code === 0 ? parseRules(result.stdout) : [];
 }
 
@@ -315,31 +317,4 @@ export async function listNftTable(host: Runs, table: string): Promise<string | 
 
 function words(table: string): string[] {
   return table.split(" ");
-}
-
-/** A refusal of the kernel as an error that says what to do. @see iptables(8) exit codes; 4 is resource, permission or lock */
-export function refused(result: CommandResult, what: string): VmmeshError {
-  const reason = result.stderr
-    .trim()
-    .split("\n")
-    .filter((line) => !line.startsWith("#"))
-    .slice(0, 3)
-    .join("; ");
-  const cause = new Error(reason === "" ? `exit code ${result.code}` : reason);
-  if (/permission denied|not permitted|must be root|can't open lock file/i.test(reason)) {
-    return new VmmeshError("RULES_PRIVILEGE", `\`${what}\` is not allowed here`, {
-      cause,
-      next: "Run the command as root, in the network namespace of the machine itself.",
-    });
-  }
-  if (/holding the xtables lock/.test(reason)) {
-    return new VmmeshError("RULES_REJECTED", `\`${what}\` waited in vain for the xtables lock`, {
-      cause,
-      next: "Run `fuser -v /run/xtables.lock` to see which program holds it; when it has ended, run the command again.",
-    });
-  }
-  return new VmmeshError("RULES_REJECTED", `\`${what}\` was refused by the kernel`, {
-    cause,
-    next: "Run `vmmesh iptables audit` to see which tables are in force, then send its output with the bug report.",
-  });
 }

@@ -21,7 +21,9 @@ export function removeTables(tables: readonly string[]): string {
  * through the shell: a foreign rule's comment is data.
  *
  * `undo.sh now` runs at once; `undo.sh trial` and `undo.sh after SECONDS` only if this generation is still the trial: the
- * rename that claims it is the same that `confirm` needs, so exactly one of the two succeeds.
+ * rename that claims it is the same that `confirm` needs, so exactly one of the two succeeds. With iptables-legacy nothing
+ * is claimed or taken out before its lock could be had: `now SECONDS` and `trial SECONDS` give up after that time (exit
+ * code 4), without SECONDS and with `after` they wait for as long as somebody holds it.
  */
 export function renderUndoScript(plan: CapturePlan): string {
   const families = plan.families.filter(
@@ -37,9 +39,13 @@ export function renderUndoScript(plan: CapturePlan): string {
     '  exec </dev/null >>"$here/undo.log" 2>&1',
     '  sleep "$2"',
     "fi",
+    ...takeLock(plan),
     'if [ "$mode" != now ]; then',
     '  [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0',
     '  mv -fT "$rules/trial" "$rules/undone" || exit 0',
+    ...(plan.backend === "legacy"
+      ? ["  # Claimed: now it has to be done, however long it takes.", "  wait=-w"]
+      : []),
     "fi",
     "failed=0",
     ...(plan.guard
@@ -82,9 +88,22 @@ export function renderUndoScript(plan: CapturePlan): string {
   ].join("\n");
 }
 
-/** Program and options that feed one text to the kernel. */
+/** Shell lines: `$wait` for every call of iptables-legacy; the first call shows whether its lock is to be had at all. */
+function takeLock({ backend, programs }: CapturePlan): string[] {
+  if (backend !== "legacy") return [];
+  return [
+    'wait="-w $2"',
+    '[ "$mode" != after ] || wait=-w',
+    // Other failures are for the calls below: what can be taken out is taken out.
+    `${programs[4]} $wait -t nat -S OUTPUT >/dev/null || [ $? -ne 4 ] || exit 4`,
+  ];
+}
+
+const waiting = ({ backend }: CapturePlan): string => (backend === "legacy" ? " $wait" : "");
+
+/** Program and options that feed one text to the kernel, in the script. */
 function restore(plan: CapturePlan, family: Family): string {
-  return restoreCommand(plan, family).join(" ");
+  return `${plan.programs[family]}-restore --noflush${waiting(plan)}`;
 }
 
 /**
@@ -109,7 +128,7 @@ function undoTable(plan: CapturePlan, wanted: FamilyPlan, table: Table): string[
     "text=$(",
     `  echo '*${table}'`,
     ...chains.map((chain) => `  echo ':${chain} - [0:0]'`),
-    ...HOOKS.map((hook) => `  ${program} -t ${table} -S ${hook} | sed -n '${toOurs}'`),
+    ...HOOKS.map((hook) => `  ${program}${waiting(plan)} -t ${table} -S ${hook} | sed -n '${toOurs}'`),
     ...chains.map((chain) => `  echo '-X ${chain}'`),
     "  echo COMMIT",
     ")",

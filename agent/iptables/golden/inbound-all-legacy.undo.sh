@@ -7,9 +7,14 @@ if [ "$mode" = after ]; then
   exec </dev/null >>"$here/undo.log" 2>&1
   sleep "$2"
 fi
+wait="-w $2"
+[ "$mode" != after ] || wait=-w
+iptables-legacy $wait -t nat -S OUTPUT >/dev/null || [ $? -ne 4 ] || exit 4
 if [ "$mode" != now ]; then
   [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0
   mv -fT "$rules/trial" "$rules/undone" || exit 0
+  # Claimed: now it has to be done, however long it takes.
+  wait=-w
 fi
 failed=0
 [ ! -e "$here/made.address" ] || ip -6 addr del ::6/128 dev lo || true
@@ -20,8 +25,8 @@ text=$(
   echo ':ISTIO_INBOUND - [0:0]'
   echo ':ISTIO_OUTPUT - [0:0]'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
-  iptables-legacy -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
-  iptables-legacy -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  iptables-legacy $wait -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  iptables-legacy $wait -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
   echo '-X ISTIO_REDIRECT'
   echo '-X ISTIO_IN_REDIRECT'
   echo '-X ISTIO_INBOUND'
@@ -29,27 +34,27 @@ text=$(
   echo '-X ISTIO_OUTPUT_DNS'
   echo COMMIT
 )
-printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | iptables-legacy-restore --noflush $wait || failed=1
 text=$(
   echo '*mangle'
   echo ':VMMESH_LEASE - [0:0]'
-  iptables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
-  iptables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
+  iptables-legacy $wait -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
+  iptables-legacy $wait -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   echo '-X VMMESH_LEASE'
   echo COMMIT
 )
-printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | iptables-legacy-restore --noflush $wait || failed=1
 text=$(
   echo '*raw'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
   echo ':ISTIO_INBOUND - [0:0]'
-  iptables-legacy -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
-  iptables-legacy -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  iptables-legacy $wait -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  iptables-legacy $wait -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
   echo '-X ISTIO_OUTPUT_DNS'
   echo '-X ISTIO_INBOUND'
   echo COMMIT
 )
-printf '%s\n' "$text" | iptables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | iptables-legacy-restore --noflush $wait || failed=1
 text=$(
   echo '*nat'
   echo ':ISTIO_REDIRECT - [0:0]'
@@ -57,8 +62,8 @@ text=$(
   echo ':ISTIO_INBOUND - [0:0]'
   echo ':ISTIO_OUTPUT - [0:0]'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
-  ip6tables-legacy -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
-  ip6tables-legacy -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t nat -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t nat -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_REDIRECT\|ISTIO_IN_REDIRECT\|ISTIO_INBOUND\|ISTIO_OUTPUT\|ISTIO_OUTPUT_DNS\)\)$/-D \1/p'
   echo '-X ISTIO_REDIRECT'
   echo '-X ISTIO_IN_REDIRECT'
   echo '-X ISTIO_INBOUND'
@@ -66,30 +71,30 @@ text=$(
   echo '-X ISTIO_OUTPUT_DNS'
   echo COMMIT
 )
-printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush $wait || failed=1
 text=$(
   echo '*mangle'
   echo ':VMMESH_LEASE - [0:0]'
-  ip6tables-legacy -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
-  ip6tables-legacy -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t mangle -S PREROUTING | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t mangle -S OUTPUT | sed -n 's/^-A \(.* -j \(VMMESH_LEASE\)\)$/-D \1/p'
   echo '-X VMMESH_LEASE'
   echo COMMIT
 )
-printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush $wait || failed=1
 text=$(
   echo '*raw'
   echo ':ISTIO_OUTPUT_DNS - [0:0]'
   echo ':ISTIO_INBOUND - [0:0]'
-  ip6tables-legacy -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
-  ip6tables-legacy -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t raw -S PREROUTING | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
+  ip6tables-legacy $wait -t raw -S OUTPUT | sed -n 's/^-A \(.* -j \(ISTIO_OUTPUT_DNS\|ISTIO_INBOUND\)\)$/-D \1/p'
   echo '-X ISTIO_OUTPUT_DNS'
   echo '-X ISTIO_INBOUND'
   echo COMMIT
 )
-printf '%s\n' "$text" | ip6tables-legacy-restore --noflush -w 5 || failed=1
+printf '%s\n' "$text" | ip6tables-legacy-restore --noflush $wait || failed=1
 if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
-  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv4.rules" || failed=1
-  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush -w 5 <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush $wait <"$rules/confirmed/ipv4.rules" || failed=1
+  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush $wait <"$rules/confirmed/ipv6.rules" || failed=1
   [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
   [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1
 fi

@@ -1,5 +1,6 @@
 import { type ParsedRule, type ParsedTable, parseSave } from "../parse.ts";
-import { legacyTables, type Reads, refused, tryRun } from "../read.ts";
+import { legacyTables, type Reads, tryRun } from "../read.ts";
+import { refused } from "../refusal.ts";
 import type { Family } from "../rules.ts";
 import { type Base, type Chain, chainKey, type HookName, type Ruleset, type TraceRule } from "./model.ts";
 import { bag, compileExpressions, type Json, type Sets } from "./nftRule.ts";
