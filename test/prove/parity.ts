@@ -96,6 +96,8 @@ export const proof: Proof = {
     const different: string[] = [];
     for (const set of fc.sample(optionSet, { numRuns: packets * 3, seed: SEED + 1 })) {
       if (applied === packets) break;
+      // `-n` in a cluster of short flags: the peer only prints.
+      if (set.argv.some((word) => /^-n./.test(word))) continue;
       const compared = await comparePackets(set);
       if (compared === undefined) continue;
       applied += 1;
