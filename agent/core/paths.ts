@@ -34,6 +34,8 @@ export interface Paths {
   readonly envoyLogRun: string;
   /** Directory of the next. */
   readonly nftRun: string;
+  /** Directory of the FIFO that keeps the holder of the second fence alive; root 0700. */
+  readonly holdRun: string;
   /** FIFO of what the kernel tells of changes to its rules; vmmesh 0600. */
   readonly nftEvents: string;
   /** What Envoy's unit may do beyond its own file, in TPROXY mode; root 0644. */
@@ -71,6 +73,7 @@ export function paths(root = "/"): Paths {
     envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
     envoyLogRun: at("/run/vmmesh-envoy-log"),
     nftRun: at("/run/vmmesh-nftmon"),
+    holdRun: at("/run/vmmesh-hold"),
     nftEvents: at("/run/vmmesh-nftmon/events"),
     envoyDropIn: at("/etc/systemd/system/vmmesh-envoy.service.d/vmmesh-tproxy.conf"),
     captureState: at("/run/vmmesh-capture.json"),

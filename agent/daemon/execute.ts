@@ -166,6 +166,7 @@ export async function unwind(
     paths.envoyRun,
     paths.envoyLogRun,
     paths.nftRun,
+    paths.holdRun,
     paths.captureState,
     paths.hostState,
   ]) {

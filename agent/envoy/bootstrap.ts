@@ -42,10 +42,12 @@ export interface BootstrapInput {
   readonly stats?: ExtraStats;
 }
 
-/** Where the lease's health check knocks: an address of lo that nobody else uses, at the port that only Envoy binds. */
+/** Where the lease's health checks knock: addresses of lo that nobody else uses, at the port that only Envoy binds. */
 export const LEASE = {
   cluster: "vmmesh-lease",
   address: "127.77.0.1",
+  /** Answered where istiod gives Envoy [::] listeners (dual stack); elsewhere IPv6 has no lease. */
+  address6: "::6",
   port: PORTS.outbound,
   everyMs: 500,
 } as const;
@@ -106,7 +108,7 @@ export function renderBootstrap(input: BootstrapInput): { readonly [key: string]
         cluster("agent", { socket_address: { address: "127.0.0.1", port_value: PORTS.status } }),
         { ...cluster("sds-grpc", { pipe: { path: input.sdsSocket } }), ...HTTP2 },
         { ...cluster("xds-grpc", { pipe: { path: input.xdsSocket } }), ...HTTP2, ...NO_BREAKER },
-        ...(input.lease ? [leaseCluster()] : []),
+        ...(input.lease ? [leaseCluster(input.ipv6)] : []),
       ],
       listeners: [
         httpListener("stats", PORTS.envoyPrometheus, input.ipv6, "/stats/prometheus", "prometheus_stats"),
@@ -315,7 +317,7 @@ function typed(type: string, fields: { readonly [key: string]: Json }): Json {
 }
 
 /** `alt_stat_name` ends in `;` as istiod's names do: a name with dots can then be told from the statistic. */
-function cluster(name: string, address: Json): { readonly [key: string]: Json } {
+function cluster(name: string, ...addresses: Json[]): { readonly [key: string]: Json } {
   return {
     name,
     alt_stat_name: `${name};`,
@@ -323,7 +325,7 @@ function cluster(name: string, address: Json): { readonly [key: string]: Json } 
     connect_timeout: "1s",
     load_assignment: {
       cluster_name: name,
-      endpoints: [{ lb_endpoints: [{ endpoint: { address } }] }],
+      endpoints: [{ lb_endpoints: addresses.map((address) => ({ endpoint: { address } })) }],
     },
   };
 }
@@ -352,10 +354,14 @@ const NO_BREAKER = {
  * second; the firewall renews the lease when it sees the answer. So a frozen Envoy, a dead one and one without the
  * listener all let the lease lapse within its three seconds.
  */
-function leaseCluster(): Json {
+function leaseCluster(ipv6: boolean): Json {
   const every = `${LEASE.everyMs / 1000}s`;
+  const addresses = ipv6 ? [LEASE.address, LEASE.address6] : [LEASE.address];
   return {
-    ...cluster(LEASE.cluster, { socket_address: { address: LEASE.address, port_value: LEASE.port } }),
+    ...cluster(
+      LEASE.cluster,
+      ...addresses.map((address): Json => ({ socket_address: { address, port_value: LEASE.port } })),
+    ),
     health_checks: [
       {
         timeout: "0.4s",

@@ -509,6 +509,11 @@ const FIRING: readonly { id: string; name: string; evidence: Evidence }[] = [
     name: "a trace rule was forgotten",
     evidence: { ...HEALTHY, traces: ["-A OUTPUT -p tcp -j TRACE"] },
   },
+  {
+    id: "FW048",
+    name: "our units run, and nobody holds the second fence",
+    evidence: around({ units: [{ id: "vmmesh-nftmon.service", active: true, enabled: true, after: [] }] }),
+  },
   { id: "FW045", name: "a trial was not taken back", evidence: { ...HEALTHY, overdueTrial: true } },
 ];
 
@@ -519,9 +524,9 @@ describe("every finding fires on its own evidence", () => {
     expect(found?.remedy).toMatch(/\.$/);
   });
 
-  test("each of the forty-five has a case; FW043 needs a connection and has its own below", () => {
-    const ids = Array.from({ length: 45 }, (_, index) => `FW${String(index + 1).padStart(3, "0")}`);
-    expect([...new Set([...FIRING.map(({ id }) => id), "FW043"])].sort()).toEqual(ids);
+  test("each has a case; FW043 and FW046 need a connection and FW047 the configuration: they have their own", () => {
+    const ids = Array.from({ length: 48 }, (_, index) => `FW${String(index + 1).padStart(3, "0")}`);
+    expect([...new Set([...FIRING.map(({ id }) => id), "FW043", "FW046", "FW047"])].sort()).toEqual(ids);
   });
 
   test("FW043: nothing is wrong with the rules, and a connection went past Envoy", () => {

@@ -1,5 +1,7 @@
 import type { Host } from "../../platform/host.ts";
+import type { CapturePlan } from "../plan.ts";
 import { judgeProbe, probeFamilies } from "../probe.ts";
+import { driftFindings } from "./drift.ts";
 import type { Evidence } from "./evidence.ts";
 import { exemptionFindings } from "./exemptions.ts";
 import { type Finding, finding } from "./finding.ts";
@@ -10,7 +12,7 @@ import { kubernetesFindings, localServiceFindings } from "./kubernetes.ts";
 import { mismatchFindings } from "./mismatch.ts";
 import { orderFindings } from "./order.ts";
 import { residueFindings } from "./residue.ts";
-import { rivalFindings } from "./rivals.ts";
+import { heldFindings, rivalFindings } from "./rivals.ts";
 import { shadowingFindings } from "./shadowing.ts";
 import { trackingFindings } from "./tracking.ts";
 
@@ -44,6 +46,7 @@ export function judge(evidence: Evidence): Finding[] {
           ...localServiceFindings(evidence, confirmed.plan),
           ...trackingFindings(evidence, confirmed.plan),
           ...rivalFindings(evidence, confirmed.plan),
+          ...heldFindings(evidence, confirmed.plan),
         ]),
   ].sort((a, b) => a.id.localeCompare(b.id));
 }
@@ -53,13 +56,22 @@ export function judge(evidence: Evidence): Finding[] {
  * connection is made for each family (`probe.ts`).
  *
  * @param rulesDir undefined on a machine that is not joined
+ * @param wanted what today's configuration would have applied; undefined: nobody can say
  */
 export async function auditCapture(
   host: Pick<Host, "run" | "files" | "clock">,
   rulesDir: string | undefined,
+  wanted?: CapturePlan,
 ): Promise<Finding[]> {
   // One after the other: what the probe itself changes is not to be read as the machine's own.
-  const judged = judge(await gather(host, rulesDir));
+  const evidence = await gather(host, rulesDir);
+  const judged = judge(evidence);
   const probes = await probeFamilies(host, rulesDir);
-  return [...judged, ...mismatchFindings(judged, probes), ...probes.flatMap(judgeProbe)];
+  const { confirmed } = evidence;
+  return [
+    ...judged,
+    ...mismatchFindings(judged, probes),
+    ...probes.flatMap(judgeProbe),
+    ...(confirmed === undefined || wanted === undefined ? [] : driftFindings(confirmed.plan, wanted)),
+  ];
 }

@@ -9,6 +9,9 @@ import type { Evidence, Surroundings } from "./evidence.ts";
 import { inputOf } from "./input.ts";
 import { NOTHING_AROUND } from "./surroundings.ts";
 
+/** What our own process holds. */
+const HELD = { table: "inet vmmesh-hold", chain: "output", type: "filter", hook: "output", priority: 10 };
+
 /** Machines on which other programs do what they do and nothing is wrong, with our rules in place. */
 interface Machine {
   readonly name: string;
@@ -270,7 +273,7 @@ function joined({ rules = "", chains = "", around }: Machine, routeTable: number
     tables: [],
     strayRules: [],
     nftNow: nft,
-    baseChains: parseBaseChains(chains),
+    baseChains: [...parseBaseChains(chains), HELD],
     saves: [{ backend: "nft", family: 4, tables, complaints: [] }],
     dormant: [],
     around: { ...NOTHING_AROUND, uidMap: "         0          0 4294967295\n", ...around },

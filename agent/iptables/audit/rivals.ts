@@ -1,3 +1,4 @@
+import { HELD_TABLE } from "../nft.ts";
 import type { CapturePlan } from "../plan.ts";
 import type { Evidence, Surroundings } from "./evidence.ts";
 import { type Finding, finding, when } from "./finding.ts";
@@ -40,6 +41,25 @@ export const OUR_UNITS = [LISTENER, ...OURS_AT_BOOT] as const;
 interface Wiper {
   readonly unit: string;
   readonly why: string;
+}
+
+/** The machine's target runs, and nobody holds the second fence. */
+export function heldFindings({ around, baseChains }: Evidence, plan: CapturePlan): Finding[] {
+  const missing =
+    plan.fence.length > 0 &&
+    plan.units === undefined &&
+    around.units.some(({ id, active }) => id === LISTENER && active) &&
+    !baseChains.some(({ table }) => table === HELD_TABLE);
+  return when(missing ? [`there is no table ${HELD_TABLE}`] : [], (lines) =>
+    finding(
+      "FW048",
+      "medium",
+      "the second fence, which stands through `nft flush ruleset`, is not held",
+      lines,
+      "Its process has ended, or was never started; until it runs, a wipe of the whole ruleset opens the mesh until the repair.",
+      "systemctl restart vmmesh-hold.service",
+    ),
+  );
 }
 
 /** Other programs that take our rules away, have taken them, or will at boot. */
