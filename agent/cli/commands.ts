@@ -217,14 +217,14 @@ export const COMMANDS: readonly CommandSpec[] = [
         repeat: true,
         value: "UNIT",
         describe:
-          "capture nobody's connections but those of this systemd service (and of other included owners), through each of its restarts",
+          "capture nobody's connections but those of this systemd service or slice (and of other included owners), through each restart",
       },
       {
         name: "exclude-outbound-unit",
         type: "string",
         repeat: true,
         value: "UNIT",
-        describe: "never capture this systemd service's connections",
+        describe: "never capture this systemd service's or slice's connections",
       },
       {
         name: "include-inbound-port",

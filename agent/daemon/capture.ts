@@ -6,7 +6,7 @@ import { parsePolicyRule } from "../iptables/policy.ts";
 import { readMachine } from "../iptables/read.ts";
 import type { OwnerNames, Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";
-import { serviceCgroup } from "../platform/units.ts";
+import { unitPlace } from "../platform/units.ts";
 import { idOf, type Owners } from "../platform/users.ts";
 import { istiodTarget } from "./workloadFiles.ts";
 
@@ -69,7 +69,7 @@ export async function sendersOf(
   const ids = async ({ users, groups, units }: OwnerNames): Promise<Senders> => ({
     uids: await Promise.all(users.map((name) => idOf(host, "user", name))),
     gids: await Promise.all(groups.map((name) => idOf(host, "group", name))),
-    units: await Promise.all(units.map((name) => serviceCgroup(host, name))),
+    units: await Promise.all(units.map((name) => unitPlace(host, name))),
   });
   return { only: await ids(only), never: await ids(never) };
 }

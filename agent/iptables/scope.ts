@@ -8,7 +8,7 @@ import { type UnitList, unitSet } from "./rules.ts";
 
 /**
  * Units are matched by the number of their cgroup, which is another one after each restart. The numbers are elements of
- * sets; an `ExecCondition=` of the unit, run in its new cgroup before any process of its own, adds the new one. Who writes
+ * sets; an `ExecCondition=` of the unit (or of each service in a slice), run in its new cgroup before any process of its own, adds the new one. Who writes
  * the sets holds a lock while he looks which cgroups there are: so no number is lost between a look and a load.
  */
 const LOCK = "/run/vmmesh-scope.lock";
@@ -61,14 +61,21 @@ export function renderScope(plan: CapturePlan): string | undefined {
     'case "$1:$2" in',
     'load:) load "$(cat)" ;;',
     'refresh:) load "$(flush)" ;;',
-    ...units.map(
-      ({ unit, list }, index) =>
-        `start:${unit}) ! there || unit_${index} | nft -f -${list === "only" ? "" : " || echo 'vmmesh: captured until the next repair' >&2"} ;;`,
-    ),
+    ...[...new Set(units.flatMap(starters))].map((service) => {
+      const started = units.flatMap((unit, index) =>
+        starters(unit).includes(service) ? [{ unit, index }] : [],
+      );
+      const must = started.some(({ unit }) => unit.list === "only");
+      const add = `{ ${started.map(({ index }) => `unit_${index};`).join(" ")} } | nft -f -`;
+      return `start:${service}) ! there || ${add}${must ? "" : " || echo 'vmmesh: captured until the next repair' >&2"} ;;`;
+    }),
     "esac",
     "",
   ].join("\n");
 }
+
+/** Whose start makes the unit's cgroup: its own, or that of any service in a slice. */
+const starters = ({ unit, services }: UnitCgroup): readonly string[] => services ?? [unit];
 
 /**
  * Has systemd tell the sets of each restart of these units. Those of other units stay: a trial may be taken back.
@@ -87,8 +94,8 @@ export async function addDropIns(
     "",
   ].join("\n");
   let changed = false;
-  for (const { unit } of plan.units ?? []) {
-    const folder = `${SYSTEM_UNITS}/${unit}.d`;
+  for (const service of new Set((plan.units ?? []).flatMap(starters))) {
+    const folder = `${SYSTEM_UNITS}/${service}.d`;
     if ((await host.files.readText(`${folder}/${DROP_IN}`)) === text) continue;
     if ((await host.files.stat(folder)) === undefined) await host.files.makeDir(folder, { mode: 0o755 });
     await host.files.writeAtomic(`${folder}/${DROP_IN}`, text, { mode: 0o644 });
@@ -106,7 +113,7 @@ export async function pruneDropIns(
   host: { readonly files: Files } & Pick<Host, "run">,
   plan: Pick<CapturePlan, "units">,
 ): Promise<void> {
-  const kept = (plan.units ?? []).map(({ unit }) => `${unit}.d`);
+  const kept = (plan.units ?? []).flatMap(starters).map((service) => `${service}.d`);
   let changed = false;
   for (const name of (await host.files.list(SYSTEM_UNITS)) ?? []) {
     const folder = `${SYSTEM_UNITS}/${name}`;

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 import type { Host } from "./host.ts";
-import { serviceCgroup, slicePath } from "./units.ts";
+import { slicePath, unitPlace } from "./units.ts";
 
 const host = (
   stdout: string,
@@ -26,7 +26,7 @@ describe("where a service's cgroup is", () => {
 
   test("also while it does not run, under the name that systemd gives it", async () => {
     for (const slice of ["system.slice", ""])
-      expect(await serviceCgroup(host(loaded(slice)), "app")).toEqual({
+      expect(await unitPlace(host(loaded(slice)), "app")).toEqual({
         unit: "app.service",
         path: "system.slice/app.service",
       });
@@ -35,15 +35,41 @@ describe("where a service's cgroup is", () => {
   test.for([
     ["nosuch", "Id=nosuch.service\nLoadState=not-found\nSlice=\n", "is not loaded by systemd"],
     ["masked", "Id=masked.service\nLoadState=masked\nSlice=\n", "is not loaded by systemd"],
-    ["a.slice", loaded("-.slice"), "is a slice"],
+    ["a.socket", loaded("-.slice"), "is a socket"],
+    ["a.slice", "Id=a.slice\nLoadState=loaded\nSlice=\n", "has no service in it"],
     ["x'; reboot", loaded("-.slice"), "is not a name that can be matched"],
     ["-H", loaded("-.slice"), "is not a name that can be matched"],
   ] as const)("%s is refused", async ([name, stdout, said]) => {
-    await expect(serviceCgroup(host(stdout), name)).rejects.toThrow(said);
+    await expect(unitPlace(host(stdout), name)).rejects.toThrow(said);
+  });
+
+  test("a slice is a place of its own, with the services that are started in it or below it", async () => {
+    const answers: Readonly<Record<string, string>> = {
+      "list-units": "one.service loaded active running One\nelse.service loaded active running Else\n",
+      "list-unit-files": "one.service static -\ndeep.service disabled enabled\nt@.service static -\n",
+      "show a-b.slice": "Id=a-b.slice\nLoadState=loaded\nSlice=a.slice\n",
+      "show one.service else.service deep.service": [
+        "Id=one.service\nLoadState=loaded\nSlice=a-b.slice\n",
+        "Id=else.service\nLoadState=loaded\nSlice=a.slice\n",
+        "Id=deep.service\nLoadState=loaded\nSlice=a-b-c.slice\n",
+      ].join("\n"),
+    };
+    const machine = {
+      ...host(""),
+      run: async ({ argv }: { argv: readonly string[] }) => {
+        const words = argv[1] === "show" ? ["show", ...argv.slice(argv.indexOf("--") + 1)] : [argv[1]];
+        return { code: 0, stdout: answers[words.join(" ")] ?? "", stderr: "" };
+      },
+    };
+    expect(await unitPlace(machine, "a-b.slice")).toEqual({
+      unit: "a-b.slice",
+      path: "a.slice/a-b.slice",
+      services: ["deep.service", "one.service"],
+    });
   });
 
   test("without the unified hierarchy it is refused", async () => {
-    await expect(serviceCgroup(host(loaded("system.slice"), false), "app")).rejects.toThrow(
+    await expect(unitPlace(host(loaded("system.slice"), false), "app")).rejects.toThrow(
       "no unified cgroup hierarchy",
     );
   });

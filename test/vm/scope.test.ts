@@ -60,7 +60,7 @@ beforeAll(async () => {
   for (const [name, port] of Object.entries(PORT))
     machine.putFile(
       `/etc/systemd/system/${name}.service`,
-      `[Unit]\nStartLimitIntervalSec=0\n[Service]\nUser=nobody\nExecStart=/usr/bin/python3 /opt/dialler.py ${port}\n`,
+      `[Unit]\nStartLimitIntervalSec=0\n[Service]\nUser=nobody\n${name === "only" ? "Slice=chosen-apps.slice\n" : ""}ExecStart=/usr/bin/python3 /opt/dialler.py ${port}\n`,
     );
   await machine.exec(OBSERVER);
   await machine.exec("systemctl daemon-reload && systemctl start only other never");
@@ -95,7 +95,8 @@ describe("capture by systemd unit", () => {
   test("unknown units and contradictions are refused, and nothing is changed", async () => {
     for (const [options, said] of [
       ["--include-outbound-unit nosuch", "unit `nosuch` is not loaded by systemd"],
-      ["--include-outbound-unit system.slice", "is a slice"],
+      ["--include-outbound-unit nosuch.slice", "has no service in it"],
+      ["--include-outbound-unit dbus.socket", "is a socket"],
       ["--include-outbound-unit only --exclude-outbound-unit only.service", "both included and excluded"],
       ["--exclude-outbound-user nosuch", "there is no user `nosuch`"],
     ] as const) {
@@ -163,5 +164,22 @@ describe("capture by systemd unit", () => {
     expect((await passed()).other).toBe(0);
     await machine.exec("vmmesh leave --now");
     expect(await dropIn("never")).toBe(false);
+  });
+
+  test("a slice only: what runs in it is captured from its first connection on, also when the slice itself was stopped", async () => {
+    await machine.exec(
+      `vmmesh join --bundle /root/bundle --mesh-cidr ${STRANGER}/32 --include-outbound-unit chosen.slice`,
+    );
+    await passed();
+    for (const command of ["restart only", "stop chosen.slice && systemctl start only"]) {
+      const had = await captured();
+      await machine.exec(`systemctl ${command}`);
+      await waitFor("it to dial", async () => ((await captured()) > had + 20 ? true : undefined), 10_000);
+    }
+    const counts = await passed();
+    expect(counts.only).toBe(0);
+    expect(counts.other).toBeGreaterThan(0);
+    await machine.exec("vmmesh leave --now");
+    expect(await dropIn("only")).toBe(false);
   });
 });

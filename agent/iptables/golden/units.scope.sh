@@ -43,7 +43,7 @@ there() { nft -t list table ip vmmesh >/dev/null 2>&1 && nft -t list table ip6 v
 case "$1:$2" in
 load:) load "$(cat)" ;;
 refresh:) load "$(flush)" ;;
-start:app.service) ! there || unit_0 | nft -f - ;;
-start:db@1.service) ! there || unit_1 | nft -f - ;;
-start:x.service) ! there || unit_2 | nft -f - || echo 'vmmesh: captured until the next repair' >&2 ;;
+start:app.service) ! there || { unit_0; } | nft -f - ;;
+start:db@1.service) ! there || { unit_1; } | nft -f - ;;
+start:x.service) ! there || { unit_2; } | nft -f - || echo 'vmmesh: captured until the next repair' >&2 ;;
 esac

@@ -10,10 +10,12 @@ export interface Senders {
   readonly units?: readonly UnitCgroup[];
 }
 
-/** A systemd unit and its cgroup below the root of the unified hierarchy, e.g. `system.slice/app.service`. */
+/** A systemd service or slice and its cgroup below the root of the unified hierarchy, e.g. `system.slice/app.service`. */
 export interface UnitCgroup {
   readonly unit: string;
   readonly path: string;
+  /** Of a slice: the services in it, whose start may make its cgroup anew. */
+  readonly services?: readonly string[];
 }
 
 /** What is wanted, in words of the mesh. */
