@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import type { Files, Host } from "../platform/host.ts";
+import type { Command, Files, Host } from "../platform/host.ts";
 import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
 import { withoutCounters } from "./parse.ts";
 import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
@@ -90,20 +90,6 @@ export async function applyPlan(
     });
   }
   await removeOldGenerations(host.files, rulesDir);
-  const before = await readTables(host, plan);
-  const foreign = foreignIstio(before);
-  if (foreign.length > 0) {
-    throw new VmmeshError(
-      "RULES_REJECTED",
-      `chains of Istio's names are there that vmmesh did not make: ${foreign[0]}`,
-      {
-        next: "Stop the other owner (istio-iptables, pilot-agent or istio-cni) and remove its rules, then join again.",
-      },
-    );
-  }
-  await test(host, rendered);
-  await refuseSharedRouting(host, plan);
-
   const generation = `gen-${Buffer.from(host.random(4)).toString("hex")}`;
   const here = `${rulesDir}/${generation}`;
   await host.files.makeDir(here, { mode: 0o700 });
@@ -115,7 +101,19 @@ export async function applyPlan(
     printed: [],
     nft: {},
   };
-  await writeGeneration(host, here, rendered, state);
+  let before: readonly SeenTable[];
+  try {
+    // The kernel lets each test wait for its readers, one after the other: all that changes nothing is done meanwhile.
+    [before] = await together([
+      readOwn(host, plan),
+      test(host, rendered),
+      refuseSharedRouting(host, plan),
+      writeGeneration(host, here, rendered, state),
+    ]);
+  } catch (thrown) {
+    await host.files.remove(here);
+    throw thrown;
+  }
   await host.files.swapLink(`${rulesDir}/trial`, generation);
   const rollBack = async (): Promise<void> => {
     await undo(host, here, "trial");
@@ -130,11 +128,12 @@ export async function applyPlan(
     // Its chains would stay behind.
     const shrinks = former !== undefined && !covers(plan, former.state.plan);
     if (shrinks) await takeOutFormer(host, former, rendered, here);
-    await addPassthroughAddress(host, here, plan);
-    await layRouting(host, here, plan);
-    for (const { family } of plan.families)
-      await applyFamily(host, plan, family, TABLES, shrinks ? await readTables(host, plan) : before);
-    await applyNft(host, rendered, here);
+    const seen = shrinks ? await readTables(host, plan) : before;
+    await together([addPassthroughAddress(host, here, plan), layRouting(host, here, plan)]);
+    await together([
+      ...plan.families.map(({ family }) => applyFamily(host, plan, family, TABLES, seen)),
+      applyNft(host, rendered, here),
+    ]);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, {
       ...state,
@@ -150,6 +149,33 @@ export async function applyPlan(
     await rollBack();
     throw thrown;
   }
+}
+
+/** Waits for all of them before the first failure, in their order, is thrown: nothing goes on behind a rollback's back. */
+async function together<T extends readonly Promise<unknown>[]>(
+  started: readonly [...T],
+): Promise<{ -readonly [K in keyof T]: Awaited<T[K]> }> {
+  await Promise.allSettled(started);
+  for (const each of started) await each;
+  return Promise.all(started);
+}
+
+/**
+ * Our part of the tables before anything is applied.
+ *
+ * @throws {VmmeshError} RULES_REJECTED if there are chains of Istio's names that are not ours
+ */
+async function readOwn(host: Applies, plan: CapturePlan): Promise<SeenTable[]> {
+  const seen = await readTables(host, plan);
+  const [foreign] = foreignIstio(seen);
+  if (foreign === undefined) return seen;
+  throw new VmmeshError(
+    "RULES_REJECTED",
+    `chains of Istio's names are there that vmmesh did not make: ${foreign}`,
+    {
+      next: "Stop the other owner (istio-iptables, pilot-agent or istio-cni) and remove its rules, then join again.",
+    },
+  );
 }
 
 /**
@@ -213,16 +239,18 @@ async function test(host: Applies, rendered: RenderedPlan): Promise<void> {
     [4, rendered.ipv4],
     [6, rendered.ipv6],
   ];
-  for (const [family, text] of texts) {
-    if (text === undefined) continue;
-    const [program, ...args] = restoreCommand(plan, family);
-    const result = await host.run({ argv: [program, "--test", ...args], input: text });
-    if (result.code !== 0) throw await refusal(host, result, `${program} --test`);
-  }
-  const nft = nftText(rendered);
-  if (nft === undefined) return;
-  const result = await host.run({ argv: ["nft", "--check", "-f", "-"], input: nft });
-  if (result.code !== 0) throw refused(result, "nft --check");
+  const accept = async (argv: Command["argv"], what: string, input: string | undefined): Promise<void> => {
+    if (input === undefined) return;
+    const result = await host.run({ argv, input });
+    if (result.code !== 0) throw await refusal(host, result, what);
+  };
+  await together([
+    ...texts.map(([family, text]) => {
+      const [program, ...args] = restoreCommand(plan, family);
+      return accept([program, "--test", ...args], `${program} --test`, text);
+    }),
+    accept(["nft", "--check", "-f", "-"], "nft --check", nftText(rendered)),
+  ]);
 }
 
 async function writeGeneration(
@@ -252,16 +280,20 @@ async function writeGeneration(
 /** iptables-nft makes its tables on first use. Those that are not there yet go again with our rules. */
 async function markMissingTables(host: Applies, here: string, plan: CapturePlan): Promise<void> {
   if (plan.backend !== "nft") return;
-  for (const wanted of plan.families) {
-    const family = wanted.family === 4 ? "ip" : "ip6";
-    for (const table of TABLES) {
-      if (tableRules(wanted, table).length === 0) continue;
+  const used = plan.families.flatMap((wanted) =>
+    TABLES.filter((table) => tableRules(wanted, table).length > 0).map((table) => ({
+      table,
+      family: wanted.family === 4 ? "ip" : "ip6",
+    })),
+  );
+  await together(
+    used.map(async ({ family, table }) => {
       // One chain by name: listing a whole table of kube-proxy's takes a second. A table without base chains lists no OUTPUT.
       const there = await tryRun(host, { argv: ["nft", "list", "chain", family, table, "OUTPUT"] });
       if (there !== undefined && there.code !== 0)
         await host.files.writeAtomic(`${here}/made.${family}.${table}`, "", PRIVATE);
-    }
-  }
+    }),
+  );
 }
 
 /** Istio's Envoy connects to IPv6 applications from ::6, which no machine has by itself (VM protocol, ch. 7.3). */
@@ -388,10 +420,14 @@ async function applyNft(
 }
 
 async function printed(host: Applies, plan: CapturePlan): Promise<Pick<GenerationFile, "printed" | "nft">> {
-  const tables = await readTables(host, plan);
-  const nft: Record<string, string> = {};
-  for (const name of nftTables(plan)) nft[name] = (await listNftTable(host, name)) ?? "";
-  return { printed: tables.map(({ family, table, own }) => ({ family, table, own })), nft };
+  const [tables, ...texts] = await together([
+    readTables(host, plan),
+    ...nftTables(plan).map(async (name) => [name, (await listNftTable(host, name)) ?? ""] as const),
+  ]);
+  return {
+    printed: tables.map(({ family, table, own }) => ({ family, table, own })),
+    nft: Object.fromEntries(texts),
+  };
 }
 
 async function confirm(
