@@ -156,6 +156,13 @@ export const COMMANDS: readonly CommandSpec[] = [
         describe: "Envoy to run, 1.36 or later (default: the one on PATH)",
       },
       {
+        name: "credential-exec",
+        type: "string",
+        value: "PATH",
+        describe:
+          "program that prints a token for istiod's CA (audience istio-ca), asked as user vmmesh when neither certificate nor token file help: a cloud's or SPIRE's attestation (default: none)",
+      },
+      {
         name: "include-outbound-cidr",
         type: "string",
         repeat: true,

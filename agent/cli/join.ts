@@ -54,6 +54,9 @@ export async function join(options: Options): Promise<number> {
   await tellMissingInterfaces(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   if (services.kind === "systemd") checkVisible(envoy.path);
+  const credentialExec = text(options, "credential-exec");
+  if (credentialExec !== undefined)
+    await checkCredentialExec(context, credentialExec, services.kind === "systemd");
   const bundle = await bundleOf(context, options, rehearse);
   const asked = text(options, "interception-mode");
   const draft = await render(context, options, bundle, envoy.path, asked);
@@ -102,11 +105,34 @@ export async function join(options: Options): Promise<number> {
   return 0;
 }
 
-/** The unit of Envoy has ProtectHome= and PrivateTmp=: what lies there does not exist for it. */
+/** Our units have ProtectHome= and PrivateTmp=: what lies there does not exist for them. */
+const hiddenFolder = (path: string): string | undefined =>
+  ["/root", "/home", "/run/user", "/tmp", "/var/tmp"].find((folder) => path.startsWith(`${folder}/`));
+
+/** @throws {VmmeshError} USAGE if the agent could not run it, or anybody could change it */
+async function checkCredentialExec({ host }: Context, path: string, units: boolean): Promise<void> {
+  const wrong = (why: string, next: string): VmmeshError =>
+    new VmmeshError("USAGE", `--credential-exec: ${path} ${why}`, { next });
+  if (!path.startsWith("/"))
+    throw wrong("is not an absolute path", "Write it from / on; it gets no arguments.");
+  const hidden = units ? hiddenFolder(path) : undefined;
+  if (hidden !== undefined)
+    throw wrong(
+      `cannot be run by the agent's unit, which does not see ${hidden}`,
+      "Move it, e.g. to /usr/local/lib/vmmesh.",
+    );
+  const found = await host.files.stat(path);
+  if (found === undefined)
+    throw wrong("does not exist", "Install it first, then run the same command again.");
+  if (found.kind === "link") return;
+  if (found.kind !== "file" || (found.mode & 0o111) === 0)
+    throw wrong("is not a program", `Make it one: chmod 0755 ${path}`);
+  if ((found.mode & 0o002) !== 0)
+    throw wrong("may be changed by every user of this machine", `Take that away: chmod o-w ${path}`);
+}
+
 function checkVisible(envoyPath: string): void {
-  const hidden = ["/root", "/home", "/run/user", "/tmp", "/var/tmp"].find((folder) =>
-    envoyPath.startsWith(`${folder}/`),
-  );
+  const hidden = hiddenFolder(envoyPath);
   if (hidden === undefined) return;
   throw new VmmeshError(
     "ENVOY_MISSING",
@@ -261,6 +287,7 @@ async function render(
   const addresses = istiod === undefined ? [...bundle.hosts.values()].flat() : [istiod];
   const meshCidrs = list(options, "mesh-cidr").length > 0 ? list(options, "mesh-cidr") : bundle.meshCidrs;
   const ip = text(options, "ip");
+  const credentialExec = text(options, "credential-exec");
   const clusterEnv = renderEnv(kept, {
     order: "sorted",
     header:
@@ -288,6 +315,7 @@ async function render(
     outboundExcludeCidrs: list(options, "exclude-outbound-cidr"),
     outboundExcludePorts: ports(options, "exclude-outbound-port"),
     ...(ip === undefined ? {} : { ip }),
+    ...(credentialExec === undefined ? {} : { credentialExec }),
   });
   const workload = workloadOf({
     clusterEnv: kept,
@@ -342,6 +370,9 @@ function tellFacts(workload: Workload, envoy: string, bundle: Bundle): void {
     ],
     ["Envoy", envoy],
     ["token", bundle.token === undefined ? "none in the bundle" : "in the bundle"],
+    ...(workload.credentialExec === undefined
+      ? []
+      : [["credential", `${workload.credentialExec} prints a token when it is needed`] as [string, string]]),
   ];
   for (const [name, value] of rows) say(`  ${name.padEnd(14)}${value}`);
 }

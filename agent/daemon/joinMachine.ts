@@ -2,7 +2,7 @@ import { messageOf, VmmeshError } from "../core/errors.ts";
 import { type Paths, PORTS } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
-import { enroll } from "../identity/enroll.ts";
+import { enrollByAny } from "../identity/credentials.ts";
 import { loadSvid, storeSvid } from "../identity/svid.ts";
 import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { readSshPorts } from "../iptables/read.ts";
@@ -37,19 +37,15 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       // An interrupted join came this far already; its certificate is as good as a new one.
       if (held !== undefined && held.spiffe === spiffe && held.notAfter > host.clock.now()) return;
       const ca = await istiodTarget(host, workload, (await host.files.readText(paths.rootCert)) ?? "");
-      const token = await host.files.readText(paths.token);
-      if (token === undefined) {
-        throw new VmmeshError(
-          "TOKEN_UNREADABLE",
-          "the bundle holds no token, and this machine has no certificate",
-          {
-            next: "Make the bundle anew: `vmmesh bundle create`.",
-          },
-        );
-      }
-      const svid = await enroll(
-        host,
-        { ca, spiffe, credential: { kind: "token", token }, ttlMs: workload.certificateTtlMs },
+      const { svid } = await enrollByAny(
+        {
+          host,
+          tokenFile: paths.token,
+          credentialExec: workload.credentialExec,
+          runAs: owners.agent,
+        },
+        { ca, spiffe, ttlMs: workload.certificateTtlMs },
+        undefined,
         signal,
       );
       await storeSvid(host.files, paths.identity, svid, owners.agent);

@@ -13,8 +13,9 @@ import { renderBootstrap } from "../envoy/bootstrap.ts";
 import { Conditions } from "../health/conditions.ts";
 import { Gates } from "../health/gates.ts";
 import { type Health, runProbe } from "../health/probes.ts";
+import { chooseCredential, readTokenFile } from "../identity/credentials.ts";
 import { targetOf } from "../identity/enroll.ts";
-import { chooseCredential, type IdentityStatus, keepIdentity } from "../identity/keep.ts";
+import { type IdentityStatus, keepIdentity } from "../identity/keep.ts";
 import type { Svid } from "../identity/svid.ts";
 import { nodeOf } from "../mesh/node.ts";
 import type { Host } from "../platform/host.ts";
@@ -205,7 +206,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       host.net.listenUnix(paths.xdsSocket, { mode: 0o660, owner: ownGroup() }, onConnection),
     async upstreams() {
       const target = await ca();
-      const token = (await host.files.readText(paths.token))?.trim();
+      const token = await readTokenFile(host.files, paths.token);
       const credential = chooseCredential(svids.value, token, target.rootCert, host.clock.now());
       return target.addresses.map((address) => targetOf(target, address, credential));
     },
@@ -351,14 +352,16 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               ttlMs: workload.certificateTtlMs,
               folder: paths.identity,
               tokenFile: paths.token,
+              credentialExec: workload.credentialExec,
               conditions,
-              onRenewed: (svid) => {
+              onRenewed: (svid, by) => {
                 metrics.certRenewals.inc({ result: "success" });
-                log.info("new certificate", { serial: svid.serial, not_after: svid.notAfter.toISOString() });
+                const not_after = svid.notAfter.toISOString();
+                log.info("new certificate", { serial: svid.serial, not_after, by });
               },
+              onFailed: () => metrics.certRenewals.inc({ result: "failure" }),
               onStatus: (status) => {
                 identity = status;
-                if (status.lastError !== undefined) metrics.certRenewals.inc({ result: "failure" });
               },
             },
             svids,

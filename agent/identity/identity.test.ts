@@ -10,9 +10,10 @@ import { Latest } from "../core/signals.ts";
 import { DAY_MS, HOUR_MS, MINUTE_MS } from "../core/time.ts";
 import { Conditions } from "../health/conditions.ts";
 import type { Clock } from "../platform/host.ts";
+import { chooseCredential } from "./credentials.ts";
 import { makeCsr, makeKey } from "./csr.ts";
 import { type CaTarget, enroll } from "./enroll.ts";
-import { chooseCredential, type IdentityStatus, type KeepDeps, keepIdentity } from "./keep.ts";
+import { type IdentityStatus, type KeepDeps, keepIdentity } from "./keep.ts";
 import { renewIn } from "./renew.ts";
 import { loadSvid, type Svid, splitPem, storeSvid, svidFrom } from "./svid.ts";
 import { checkToken, readToken, tokenExpired } from "./token.ts";
@@ -376,6 +377,7 @@ describe("with a control plane", () => {
           files,
           clock: { ...real, sleep: () => new Promise((resolve) => setImmediate(resolve)) },
           random: (bytes) => new Uint8Array(bytes),
+          run: () => Promise.reject(new Error("nothing is run")),
         },
         ca: async () => {
           seen.attempts += 1;
@@ -384,7 +386,9 @@ describe("with a control plane", () => {
         spiffe: SPIFFE,
         folder: FOLDER,
         tokenFile: "/token",
+        credentialExec: undefined,
         conditions,
+        onFailed: () => undefined,
         onRenewed: (svid) => {
           seen.renewed.push(svid);
           look();
@@ -401,9 +405,10 @@ describe("with a control plane", () => {
     return { ...seen, conditions: conditions.list().map(({ id }) => id), files };
   }
 
-  test("the first certificate is stored, and the status says when the next one is due", async () => {
+  test("the first certificate is stored and proven by a second, and the status says when the next one is due", async () => {
     const { renewed, statuses, conditions, files } = await keep({}, ({ statuses: it }) => it.length > 0);
-    expect((await loadSvid(files, FOLDER))?.serial).toBe(renewed[0]?.serial);
+    expect(renewed).toHaveLength(2);
+    expect((await loadSvid(files, FOLDER))?.serial).toBe(renewed[1]?.serial);
     expect(conditions).toEqual([]);
     const halfMs = (statuses[0]?.nextRenewal?.getTime() ?? 0) - Date.now();
     expect(halfMs / HOUR_MS).toBeGreaterThan(9);

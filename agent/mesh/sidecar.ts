@@ -29,6 +29,7 @@ export interface SidecarSettings {
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
+  readonly credentialExec?: string;
 }
 
 interface SidecarKey {
@@ -143,6 +144,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   SECRET_TTL: {
     setting: "certificateTtl",
     comment: "Lifetime of the certificate to ask for, a minute or more. Unset: 24h.",
+  },
+  VMMESH_CREDENTIAL_EXEC: {
+    setting: "credentialExec",
+    comment:
+      "Program, by its absolute path, that prints a token for istiod when neither certificate nor token file help; it runs as vmmesh. Unset: none.",
   },
   VMMESH_ENVOY: {
     setting: "envoyPath",

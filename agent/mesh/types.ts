@@ -109,6 +109,8 @@ export interface Workload {
   readonly appMetrics: string | undefined;
   /** Lifetime to ask the CA for, in milliseconds; istiod may grant less. */
   readonly certificateTtlMs: number;
+  /** Absolute path of the program that prints a token when certificate and token file do not help; undefined: there is none. */
+  readonly credentialExec: string | undefined;
   /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */
   readonly meta: Readonly<Record<string, string>>;
   /** `ISTIO_METAJSON_*` keys but LABELS, without the prefix; the members of each land at the top level of the metadata. */

@@ -93,6 +93,18 @@ describe("the machine's own file", () => {
       want: { envoyPath: "envoy" },
     },
     {
+      name: "names the credential command, the mesh cannot",
+      mesh: { VMMESH_CREDENTIAL_EXEC: "/tmp/evil" },
+      own: {},
+      want: { credentialExec: undefined },
+    },
+    {
+      name: "names the credential command",
+      mesh: {},
+      own: { VMMESH_CREDENTIAL_EXEC: "/usr/local/lib/token" },
+      want: { credentialExec: "/usr/local/lib/token" },
+    },
+    {
       name: "names istiod's addresses",
       mesh: { VMMESH_ISTIOD_ADDRESSES: "6.6.6.6" },
       own: { VMMESH_ISTIOD_ADDRESSES: "10.0.0.1, lb.example.org" },

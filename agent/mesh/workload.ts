@@ -124,6 +124,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
     appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
     certificateTtlMs: certificateTtlOf(env),
+    credentialExec: credentialExecOf(sidecarEnv.get("VMMESH_CREDENTIAL_EXEC")),
     // istiod makes the inbound listener by this word; without it it is not transparent.
     meta:
       interception.mode === "TPROXY" || "INTERCEPTION_MODE" in meta
@@ -175,6 +176,15 @@ function certificateTtlOf(env: Env): number {
     );
   }
   return ms;
+}
+
+/** The machine's own file alone says it: the mesh does not say what a machine runs. */
+function credentialExecOf(path: string | undefined): string | undefined {
+  if (path === undefined || path === "") return undefined;
+  if (!path.startsWith("/")) {
+    throw malformed("VMMESH_CREDENTIAL_EXEC", "sidecar.env", `is \`${path}\`, which is not an absolute path`);
+  }
+  return path;
 }
 
 /** Both files as one: what the machine says wins; keys of vmmesh itself are the machine's alone. */

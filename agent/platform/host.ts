@@ -27,6 +27,11 @@ export interface Command {
   readonly as?: Owner;
   /** Output goes to our own stdout and stderr instead of the result. */
   readonly inheritOutput?: true;
+  /**
+   * For a program of somebody else's: more bytes than this on stdout or stderr, or the timeout, and it is killed with all
+   * that it has started.
+   */
+  readonly maxOutputBytes?: number;
 }
 
 export interface CommandResult {

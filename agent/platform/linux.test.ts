@@ -58,6 +58,33 @@ describe("programs", () => {
     await expect(failure).rejects.toMatchObject({ code, message: expect.stringContaining(says) as string });
   });
 
+  // The child of a killed shell held the pipe, and the caller waited for as long as it lived.
+  test.for([
+    { name: "takes too long", script: "sleep 60 & sleep 60", timeoutMs: 200, says: "did not end" },
+    { name: "prints without end", script: "yes & wait", timeoutMs: 60_000, says: "more than 1000 bytes" },
+    { name: "complains without end", script: "yes >&2", timeoutMs: 60_000, says: "more than 1000 bytes" },
+  ])(
+    "somebody else's program that $name is killed with all that it started",
+    async ({ script, timeoutMs, says }) => {
+      const mark = `vmmesh-${process.pid}-${performance.now()}`;
+      const failure = run({
+        argv: ["sh", "-c", script],
+        env: { VMMESH_TEST: mark },
+        timeoutMs,
+        maxOutputBytes: 1000,
+      });
+      await expect(failure).rejects.toMatchObject({
+        code: "COMMAND_FAILED",
+        message: expect.stringContaining(says) as string,
+      });
+      const { stdout } = await run({
+        argv: ["sh", "-c", `grep -lz "$WANTED" /proc/[0-9]*/environ 2>/dev/null; true`],
+        env: { WANTED: `^VMMESH_TEST=${mark}$` },
+      });
+      expect(stdout).toBe("");
+    },
+  );
+
   test("a signal ends it, with the signal's own reason", async () => {
     const scope = new AbortController();
     const running = run({ argv: ["sleep", "60"], timeoutMs: 0 }, scope.signal);

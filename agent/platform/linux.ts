@@ -34,11 +34,25 @@ function run(command: Command, signal?: AbortSignal): Promise<CommandResult> {
       stdio: [input === undefined ? "ignore" : "pipe", output, output],
       ...(env === undefined ? {} : { env: { ...process.env, ...env } }),
       ...(as === undefined ? {} : { uid: as.uid, gid: as.gid }),
+      // A group of its own: what it starts would outlive it and hold its output open.
+      detached: command.maxOutputBytes !== undefined,
     });
     const stdout: Buffer[] = [];
     const stderr: Buffer[] = [];
-    child.stdout?.on("data", (part: Buffer) => stdout.push(part));
-    child.stderr?.on("data", (part: Buffer) => stderr.push(part));
+    let tooMuch = false;
+    const collect = (into: Buffer[]) => {
+      let left = command.maxOutputBytes ?? Number.POSITIVE_INFINITY;
+      return (part: Buffer): void => {
+        left -= part.length;
+        if (left >= 0) into.push(part);
+        else if (!tooMuch) {
+          tooMuch = true;
+          end();
+        }
+      };
+    };
+    child.stdout?.on("data", collect(stdout));
+    child.stderr?.on("data", collect(stderr));
     // A program that ends without reading its input is judged by its exit code.
     child.stdin?.on("error", () => undefined);
     child.stdin?.end(input);
@@ -46,6 +60,10 @@ function run(command: Command, signal?: AbortSignal): Promise<CommandResult> {
     let timedOut = false;
     const timers: NodeJS.Timeout[] = [];
     const end = (): void => {
+      if (command.maxOutputBytes !== undefined && child.pid !== undefined) {
+        killGroup(child.pid);
+        return;
+      }
       child.kill("SIGTERM");
       timers.push(setTimeout(() => child.kill("SIGKILL"), KILL_AFTER_MS));
     };
@@ -76,12 +94,22 @@ function run(command: Command, signal?: AbortSignal): Promise<CommandResult> {
     child.once("close", (code, killedBy) => {
       over();
       if (signal?.aborted === true && code === null) reject(signal.reason as Error);
+      else if (tooMuch) reject(failed(`printed more than ${command.maxOutputBytes} bytes`));
       else if (timedOut) reject(failed(`did not end within ${timeoutMs / 1000} s`));
       else if (code === null) reject(failed(`was ended by ${String(killedBy)}`));
       else
         resolve({ code, stdout: Buffer.concat(stdout).toString(), stderr: Buffer.concat(stderr).toString() });
     });
   });
+}
+
+function killGroup(leader: number): void {
+  try {
+    process.kill(-leader, "SIGKILL");
+  } catch (thrown) {
+    // It has ended just now.
+    if ((thrown as NodeJS.ErrnoException).code !== "ESRCH") throw thrown;
+  }
 }
 
 /** `undefined` instead of ENOENT; every other error goes on. */

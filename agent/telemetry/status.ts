@@ -16,7 +16,7 @@ export interface StatusSnapshot {
         readonly spiffe: string;
         readonly notAfter: Moment;
         readonly nextRenewal?: Moment;
-        readonly nextCredential: "certificate" | "token" | "none";
+        readonly nextCredential: "certificate" | "token" | "command" | "none";
         readonly lastError?: string;
       }
     | undefined;

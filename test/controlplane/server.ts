@@ -37,6 +37,8 @@ export interface ControlPlaneOptions {
   readonly accessLogFile?: string;
   /** How long a machine that went away keeps its entry. Default 10 s, as istiod's. */
   readonly graceMs?: number;
+  /** A CA that takes tokens alone, as one behind istiod may. */
+  readonly onlyTokens?: true;
 }
 
 export interface ControlPlane {
@@ -209,7 +211,10 @@ export async function startControlPlane(options: ControlPlaneOptions): Promise<C
   function identify(call: Ads | ServerUnaryCall<Message, Message>): SpiffeId {
     const names = call.getAuthContext().sslPeerCertificate?.subjectaltname ?? "";
     const byCertificate = parseSpiffe(/URI:([^,]+)/.exec(names)?.[1] ?? "");
-    if (byCertificate !== undefined) return byCertificate;
+    return byCertificate ?? byToken(call);
+  }
+
+  function byToken(call: Ads | ServerUnaryCall<Message, Message>): SpiffeId {
     const [header] = call.metadata.get("authorization");
     const subject = tokens.check(String(header ?? "").replace(/^Bearer /, ""));
     if (subject === undefined) throw new Refused(status.UNAUTHENTICATED, "request authenticate failure");
@@ -251,7 +256,7 @@ export async function startControlPlane(options: ControlPlaneOptions): Promise<C
     callback: sendUnaryData<Message>,
   ): void {
     const sign = async (): Promise<Message> => {
-      const spiffe = formatSpiffe(identify(call));
+      const spiffe = formatSpiffe(options.onlyTokens === true ? byToken(call) : identify(call));
       const ttlMs = Number(call.request["validity_duration"]) * 1000;
       try {
         return {
