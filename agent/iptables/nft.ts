@@ -35,6 +35,9 @@ const BASE: Readonly<Record<Table, { readonly type: string; readonly priority: n
   nat: { type: "nat", priority: GUARD_PRIORITY },
 };
 
+/** After what kube-proxy and Docker translate (-100): who is readdressed to a container is no longer on the way to this machine. */
+const LATE_PRIORITY = -90;
+
 /** The same rules once more as a table of our own, whose place no other program can take. Replaces an older one in one step. */
 export function renderGuard(plan: FamilyPlan): string {
   const table = guardTable(plan.family);
@@ -61,12 +64,12 @@ export function renderGuard(plan: FamilyPlan): string {
       "\t}",
     );
   }
-  for (const name of new Set(plan.rules.map((rule) => chainName(rule.table, rule.chain)))) {
-    const rules = plan.rules.filter((rule) => chainName(rule.table, rule.chain) === name);
+  for (const name of new Set(plan.rules.map(chainOf))) {
+    const rules = plan.rules.filter((rule) => chainOf(rule) === name);
     const [first] = rules;
     if (first === undefined) continue;
     lines.push(`\tchain ${name} {`);
-    if (isHook(first.chain)) lines.push(`\t\t${baseChain(first.table, first.chain, plan)}`);
+    if (isHook(first.chain)) lines.push(`\t\t${baseChain(first, first.chain, plan)}`);
     for (const rule of rules) lines.push(`\t\t${guardRule(rule)}`);
     lines.push("\t}");
   }
@@ -86,8 +89,12 @@ function chainName(table: Table, chain: string): string {
   return `${table}_${chain}`;
 }
 
-function baseChain(table: Table, hook: Hook, plan: FamilyPlan): string {
-  const { type: usual, priority } = BASE[table];
+const chainOf = ({ table, chain, late }: Rule): string =>
+  `${chainName(table, chain)}${late === true ? "_late" : ""}`;
+
+function baseChain({ table, late }: Rule, hook: Hook, plan: FamilyPlan): string {
+  const { type: usual, priority: early } = BASE[table];
+  const priority = late === true ? LATE_PRIORITY : early;
   // Only a chain of this type has the kernel look for another route when it changes a mark (nft(8)).
   const reroutes =
     table === "mangle" && hook === "OUTPUT" && plan.rules.some(({ verdict }) => verdict.do === "restoreMark");

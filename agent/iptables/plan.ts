@@ -112,7 +112,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
         ...invalidRules(settled),
         ...tproxyRules(settled, machine.nft),
         ...virtualRules(settled, family),
-        ...natRules(settled, family),
+        ...natRules(settled, family, machine.nft),
         ...virtualHooks(settled, family),
       ],
     })),

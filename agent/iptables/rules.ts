@@ -118,6 +118,8 @@ export interface Rule {
   readonly why: string;
   /** iptables has no such target: the rule is in the guard only. */
   readonly guardOnly?: true;
+  /** In a hook: after what other programs translate, so that a port published for a container stays theirs. The guard alone has it. */
+  readonly late?: true;
 }
 
 /** A rule of the fence: filter hooks of a table of its own, both families. */

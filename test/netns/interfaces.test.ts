@@ -1,6 +1,7 @@
 import { execFileSync } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, removeCapture } from "../../agent/iptables/apply.ts";
+import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
@@ -99,6 +100,37 @@ describe("a container behind a bridge", () => {
           "ENVOY-IN",
         ],
       ]);
+    },
+  );
+
+  test.for([
+    { name: "REDIRECT", change: {}, own: "ENVOY-IN" },
+    // The Envoy of this cast has no transparent listener; tproxy.test.ts has one.
+    { name: "TPROXY", change: { interception: { mode: "TPROXY", routeTable: 133 } }, own: "APP" },
+  ] as const)(
+    "every port captured by $name: a port that is published for it reaches it",
+    async ({ change, own }) => {
+      await lab.insideShell(`iptables-nft-restore --noflush <<'END'
+*nat
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A DOCKER -p tcp -m tcp --dport 8088 -j DNAT --to-destination ${CONTAINER.ip}:9000
+COMMIT
+END
+nft -f - <<'END'
+table ip kube-proxy {
+  chain nat-prerouting { type nat hook prerouting priority -100; policy accept;
+    fib daddr type local tcp dport 30080 dnat to ${CONTAINER.ip}:9000
+  }
+}
+END`);
+      await install({ inbound: { kind: "all", excludePorts: [] }, ...change });
+      await expectRows([
+        ["a port published by Docker", "world", MACHINE.ip, 8088, "CONTAINER"],
+        ["a NodePort", "world", MACHINE.ip, 30080, "CONTAINER"],
+        ["a port of the machine", "world", MACHINE.ip, 9000, own],
+      ]);
+      expect((await auditCapture(lab.host, lab.rulesDir)).map(({ id }) => id)).not.toContain("FW023");
     },
   );
 

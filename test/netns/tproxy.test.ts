@@ -2,7 +2,7 @@ import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
-import { Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -85,6 +85,17 @@ describe("TPROXY", () => {
     expect(await lab.dial(UID.app, MACHINE.ip, 9000)).toBe(`APP sees ${MACHINE.ip}`);
     await removeCapture(lab.host, lab.rulesDir);
     expect([await lab.firewall("legacy"), await lab.firewall(), await routing()]).toEqual(before);
+  });
+
+  test("every port captured: also one that nobody has declared, and sshd never", async () => {
+    await populate();
+    await install({ ...TPROXY, inbound: { kind: "all", excludePorts: [] } });
+    await eventually(
+      async () => (await fromWorld(MACHINE.ip, 9001)) === `ENVOY-IN OTHER sees ${REMOTE.ip}`,
+      5000,
+    );
+    expect(await fromWorld(MACHINE.ip, 9000)).toBe(`ENVOY-IN APP sees ${REMOTE.ip}`);
+    expect(await fromWorld(MACHINE.ip, 22)).toBe("SSHD");
   });
 
   test("the strictest reverse-path filter, with marks counted, does not stop it", async () => {

@@ -120,6 +120,8 @@ function hijacks({ saves, around }: Evidence): string[] {
 const PUBLISHED = /^(KUBE-(EXT|SVC|XLB)-|CNI-DN-|NETAVARK-DN-)/;
 
 function published({ saves, around }: Evidence, plan: CapturePlan): string[] {
+  // Then we come after whoever publishes.
+  if (plan.inboundPorts === "all" && plan.guard) return [];
   const rules = saves.flatMap(({ family, tables }) =>
     tables
       .filter(({ name }) => name === "nat")

@@ -12,6 +12,14 @@ export function inboundMatches(wish: CaptureWish): Match[][] {
   return portGroups(ports).map((group) => [{ is: "toPorts", ports: group }]);
 }
 
+/**
+ * Every port is captured, and nft can do it after others have translated: then what is published for a container or a
+ * Service stays theirs. A declared port is ours whoever publishes it.
+ */
+export function leavesPublished(wish: CaptureWish, native: boolean): boolean {
+  return native && wish.inbound.kind === "all";
+}
+
 /** Which inbound connections go to chain `target`, and which are left alone; the same for REDIRECT (nat) and TPROXY (mangle). */
 export function inboundRules(wish: CaptureWish, table: Table, target: string): Rule[] {
   const rule = (when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({

@@ -15,14 +15,14 @@ import {
 } from "../rules.ts";
 import { exemptions } from "./exemptions.ts";
 import { type Outbound, outboundFailures, outboundMatches } from "./failure.ts";
-import { inboundMatches, inboundRules } from "./inbound.ts";
+import { inboundMatches, inboundRules, leavesPublished } from "./inbound.ts";
 import { senderMatches } from "./senders.ts";
 import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
 import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** Table nat: the redirects and what is left out of them. */
-export function natRules(wish: CaptureWish, family: Family): Rule[] {
+export function natRules(wish: CaptureWish, family: Family, native: boolean): Rule[] {
   const { agentUid, envoyUid } = wish;
   const servers = of(wish.dns?.servers ?? [], family);
   const mesh = of(wish.meshCidrs, family);
@@ -47,6 +47,7 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
     ),
   );
   const byTproxy = tproxies(wish);
+  const late = leavesPublished(wish, native);
   const inTheClientsName = rule(
     CHAIN.output,
     [LO_OUT, TCP, owner(envoyUid), { is: "marked", on: "packet" }],
@@ -73,7 +74,9 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
       { do: "redirect", port: PORTS.inbound },
       "to Envoy's inbound listener",
     ),
-    ...(byTproxy ? [] : inboundRules(wish, "nat", CHAIN.inRedirect)),
+    ...(byTproxy ? [] : inboundRules(wish, "nat", CHAIN.inRedirect)).map(
+      (it): Rule => (late ? { ...it, guardOnly: true } : it),
+    ),
     rule(
       CHAIN.output,
       [owner(agentUid)],
@@ -152,13 +155,16 @@ export function natRules(wish: CaptureWish, family: Family): Rule[] {
     ...cells.filter((cell) => !cell.mesh).flatMap((cell) => outboundRedirect(cell, captured)),
     ...(!byTproxy && inboundMatches(wish).length > 0
       ? [
-          hook(
-            "nat",
-            "PREROUTING",
-            [TCP, { is: "toThisMachine" }],
-            CHAIN.inbound,
-            "inbound connections to this machine, never forwarded ones",
-          ),
+          {
+            ...hook(
+              "nat",
+              "PREROUTING",
+              [TCP, { is: "toThisMachine" }],
+              CHAIN.inbound,
+              "inbound connections to this machine, never forwarded ones",
+            ),
+            ...(late ? { late: true as const, guardOnly: true as const } : {}),
+          },
         ]
       : []),
     hook("nat", "OUTPUT", [], CHAIN.output, "outbound connections of this machine, ahead of KUBE-SERVICES"),

@@ -1,6 +1,6 @@
 import { PORTS } from "../../core/paths.ts";
 import { CHAIN, OPENING, type Rule, TCP } from "../rules.ts";
-import { inboundMatches, inboundRules } from "./inbound.ts";
+import { inboundMatches, inboundRules, leavesPublished } from "./inbound.ts";
 import { jump, LO_OUT, owner } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
@@ -34,12 +34,15 @@ export function tproxyRules(wish: CaptureWish, native: boolean): Rule[] {
       "to Envoy's inbound listener, addresses as they are",
     ),
     ...inboundRules(wish, "mangle", CHAIN.tproxy),
-    rule(
-      "PREROUTING",
-      [{ is: "in", interface: "lo", not: true }, TCP, { is: "toThisMachine" }],
-      jump(CHAIN.inbound),
-      "inbound connections to this machine, never forwarded ones",
-    ),
+    {
+      ...rule(
+        "PREROUTING",
+        [{ is: "in", interface: "lo", not: true }, TCP, { is: "toThisMachine" }],
+        jump(CHAIN.inbound),
+        "inbound connections to this machine, never forwarded ones",
+      ),
+      ...(leavesPublished(wish, native) ? { late: true as const } : {}),
+    },
   ];
   return [
     ...handingOver.map((it): Rule => (native ? { ...it, guardOnly: true } : it)),
