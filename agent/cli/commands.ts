@@ -321,7 +321,10 @@ export const COMMANDS: readonly CommandSpec[] = [
         "vmmesh join --namespace default --service details --port http:9080",
         "also make the Service that peers call",
       ],
-      ["vmmesh join --bundle ./details-bundle", "no cluster credential on this machine"],
+      [
+        "vmmesh join --bundle ./details-bundle",
+        "no cluster credential on this machine; on a joined machine whose identity is not renewed it brings only a fresh token",
+      ],
     ],
     load: async () => (await import("./join.ts")).join,
   },

@@ -3,6 +3,7 @@ import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { planFor, policyScope, sendersOf } from "../daemon/capture.ts";
 import { execute } from "../daemon/execute.ts";
+import { renewByToken, wantsToken } from "../daemon/freshToken.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { type Journal, readJournal } from "../daemon/journal.ts";
 import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
@@ -50,6 +51,7 @@ export async function join(options: Options): Promise<number> {
 
   const { services, owners } = await openServices(context);
   await using _lock = rehearse ? undefined : await takeLock(context);
+  if (await isJoinedWithoutIdentity(context)) return renewIdentity(context, options, owners, signal);
   const journal = await openJournal(context, options);
   await tellMissingInterfaces(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
@@ -206,6 +208,38 @@ async function tellMissingInterfaces({ host }: Context, options: Options): Promi
     if (there?.some((it) => fitsInterface(name, it)) === false)
       say(`warning: there is no interface ${name} now; its rules wait for it`);
   }
+}
+
+async function isJoinedWithoutIdentity({ host, paths }: Context): Promise<boolean> {
+  return (await readJournal(host.files, paths))?.state === "joined" && (await wantsToken(host, paths));
+}
+
+/** A joined machine whose agent gets no new certificate takes only token and roots out of the bundle. */
+async function renewIdentity(
+  context: Context,
+  options: Options,
+  owners: Owners,
+  signal: AbortSignal,
+): Promise<number> {
+  const { host, paths } = context;
+  say("this machine is joined already, but its identity is not renewed: only token and roots are taken");
+  const rehearse = flag(options, "dry-run");
+  const bundle = await bundleOf(context, options, rehearse);
+  const { kept } = sieveMeshEnv(bundle.clusterEnv);
+  const workload = workloadOf({
+    clusterEnv: kept,
+    sidecarEnv: parseEnv((await host.files.readText(paths.sidecarEnv)) ?? "", paths.sidecarEnv),
+    proxyConfig: bundle.proxyConfig,
+    machine: { hostname: host.net.hostname(), addresses: host.net.addresses() },
+  });
+  const spiffe = spiffeOf(workload);
+  if (!rehearse) {
+    const { token, rootCert } = bundle;
+    await renewByToken(host, paths, owners, { token, rootCert, spiffe }, signal);
+  }
+  if (wantsJson(options)) print({ joined: true, renewed: !rehearse, spiffe });
+  else print(`${rehearse ? "would be renewed" : "renewed"}: this machine is ${spiffe}\nNow: vmmesh status`);
+  return 0;
 }
 
 /** A fresh journal, or that of a join that was interrupted. */

@@ -2,8 +2,9 @@ import { type ErrorCode, VmmeshError } from "../core/errors.ts";
 import type { Host, Owner } from "../platform/host.ts";
 import { tokenOfCommand } from "./command.ts";
 import { type CaTarget, type Credential, enroll } from "./enroll.ts";
+import { BACKDATED_MS } from "./renew.ts";
 import { isOfRoots, type Svid } from "./svid.ts";
-import { readToken, tokenExpired } from "./token.ts";
+import { clockOff, readToken, tokenExpired } from "./token.ts";
 
 /** What can prove who we are, in the order in which they are asked. */
 const ORDER = ["certificate", "token", "command"] as const;
@@ -104,14 +105,16 @@ export async function enrollByAny(
   }
   const last = failures.at(-1);
   if (last === undefined) {
+    const now = host.clock.now();
+    const aheadMs = (held?.notBefore.getTime() ?? 0) - now.getTime();
+    if (aheadMs > 0)
+      throw clockOff(now, aheadMs + BACKDATED_MS, "the CA signed the certificate that it holds");
     throw new VmmeshError(
       "TOKEN_UNREADABLE",
       held === undefined
         ? "this machine has no certificate, and there is no token to ask for one"
-        : "the certificate has ended, is not valid yet or is of another root, and there is no token to ask for a new one",
-      {
-        next: "Make a new bundle (`vmmesh bundle create`), then run `vmmesh leave` and `vmmesh join --bundle …`.",
-      },
+        : "the certificate has ended or is of another root, and there is no token to ask for a new one",
+      { next: "Make a new bundle: `vmmesh bundle create`." },
     );
   }
   if (failures.length === 1) throw last.error;
@@ -153,11 +156,12 @@ export async function nextCredential(
   const now = host.clock.now();
   if (!certificateRefused && presentable(held, roots, now)) return "certificate";
   const token = await readTokenFile(host.files, tokenFile);
-  if (token !== undefined && works(token, now)) return "token";
+  if (token !== undefined && mayWork(token, now)) return "token";
   return credentialExec === undefined ? "none" : "command";
 }
 
-function works(token: string, now: Date): boolean {
+/** It is a token, and has not ended by our clock. */
+export function mayWork(token: string, now: Date): boolean {
   try {
     return !tokenExpired(readToken(token), now);
   } catch {

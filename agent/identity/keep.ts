@@ -1,12 +1,20 @@
 import { backoff, uniformFrom } from "../core/backoff.ts";
-import { messageOf, VmmeshError } from "../core/errors.ts";
+import { type ErrorCode, messageOf, VmmeshError } from "../core/errors.ts";
 import type { Latest } from "../core/signals.ts";
 import { formatDuration, MINUTE_MS, SECOND_MS } from "../core/time.ts";
 import type { Conditions } from "../health/conditions.ts";
-import type { Host } from "../platform/host.ts";
-import { type CredentialKind, type CredentialSources, enrollByAny, nextCredential } from "./credentials.ts";
+import type { Clock, Host } from "../platform/host.ts";
+import {
+  type CredentialKind,
+  type CredentialSources,
+  enrollByAny,
+  mayWork,
+  nextCredential,
+  readTokenFile,
+} from "./credentials.ts";
 import type { CaTarget } from "./enroll.ts";
-import { renewIn } from "./renew.ts";
+import { pause } from "./pause.ts";
+import { type Accepted, untilRenewal } from "./renew.ts";
 import { loadSvid, type Svid, storeSvid } from "./svid.ts";
 
 export interface KeepDeps extends CredentialSources {
@@ -38,7 +46,16 @@ const LOOK_EVERY_MS = 15 * SECOND_MS;
 const LEAST_PAUSE_MS = 5 * SECOND_MS;
 const RETRY = { firstMs: SECOND_MS, capMs: 5 * MINUTE_MS, factor: 2, jitter: 0.3 };
 const CONDITION = "identity-not-renewed";
+const NOT_STORED = "identity-not-stored";
 const TOKENS_ONLY = "identity-by-token-only";
+const TOKEN_HELPS: ReadonlySet<ErrorCode> = new Set([
+  "TOKEN_EXPIRED",
+  "TOKEN_UNREADABLE",
+  "IDENTITY_REFUSED",
+  "CERT_WRONG_ROOT",
+]);
+const FRESH_TOKEN =
+  "Make a new bundle (`vmmesh bundle create`) and run `vmmesh join --bundle DIR` here once more: it renews the identity and leaves all else as it is.";
 /** A certificate that came by a token is tried this soon: while the token still lives it is known whether it is needed again. */
 const PROVE_WITHIN_MS = MINUTE_MS;
 
@@ -49,16 +66,28 @@ const PROVE_WITHIN_MS = MINUTE_MS;
 export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: AbortSignal): Promise<void> {
   const { clock, files, random } = deps.host;
   const uniform = uniformFrom(random);
-  const stored = await loadSvid(files, deps.folder);
-  if (stored !== undefined && stored.notAfter > clock.now() && stored.spiffe === deps.spiffe)
-    svids.set(stored);
-
   let waits = backoff(uniform, RETRY);
   let jitter = uniform();
   let roots: string | undefined;
   let lastError: string | undefined;
   let certificateRefused = false;
-  /** Before this moment of the monotonic clock it is tried whether the certificate is good for the next one. */
+  let accepted = svids.value === undefined ? undefined : acceptedNow(svids.value, clock);
+  const take = (svid: Svid): void => {
+    accepted = acceptedNow(svid, clock);
+    svids.set(svid);
+  };
+  /** Somebody else may have put a certificate there: a join, an operator; or the clock is right again. */
+  const takeStored = async (): Promise<boolean> => {
+    const held = svids.value;
+    if ((await files.readLink(`${deps.folder}/current`)) === held?.serial) return false;
+    const stored = await loadSvid(files, deps.folder);
+    if (stored === undefined || stored.notAfter <= clock.now() || stored.spiffe !== deps.spiffe) return false;
+    // An older one lies there when the newer could not be written.
+    if (held !== undefined && stored.notBefore <= held.notBefore) return false;
+    take(stored);
+    return true;
+  };
+  /** By this moment of the monotonic clock it is tried whether the certificate is good for the next one. */
   let proveAt: number | undefined = clock.monotonicMs() + PROVE_WITHIN_MS * uniform();
   const tell = async (nextRenewal: Date): Promise<void> => {
     const svid = svids.value;
@@ -73,14 +102,21 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
   };
 
   while (!signal.aborted) {
+    await takeStored();
     const held = svids.value;
     const now = clock.now();
-    const dueMs = held === undefined ? 0 : untilDue(held, now, jitter, proveAt, clock.monotonicMs());
+    const dueMs = accepted === undefined ? 0 : untilDue(accepted, now, jitter, proveAt, clock.monotonicMs());
     if (dueMs > 0) {
+      // Not by a renewal, but because the clock is right again or a certificate was put there.
+      if (lastError !== undefined) {
+        lastError = undefined;
+        deps.conditions.clear(CONDITION);
+      }
       await tell(new Date(now.getTime() + dueMs));
       await clock.sleep(Math.min(dueMs, LOOK_EVERY_MS), signal).catch(() => undefined);
       continue;
     }
+    const tokenBefore = await readTokenFile(files, deps.tokenFile);
     try {
       const ca = await deps.ca();
       roots = ca.rootCert;
@@ -91,8 +127,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
         held,
         signal,
       );
-      await storeSvid(files, deps.folder, svid);
-      svids.set(svid);
+      take(svid);
       lastError = undefined;
       deps.conditions.clear(CONDITION);
       waits = backoff(uniform, RETRY);
@@ -105,6 +140,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       if (judged.certificateRefused !== undefined) raiseTokensOnly(deps, judged.certificateRefused);
       else if (by === "certificate") deps.conditions.clear(TOKENS_ONLY);
       deps.onRenewed(svid, by);
+      await store(deps, svid);
       // Whatever dates a CA writes, it is not asked in a loop.
       await clock.sleep(LEAST_PAUSE_MS, signal).catch(() => undefined);
     } catch (thrown) {
@@ -115,20 +151,52 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       raiseNotRenewed(deps, held, error, waitMs);
       deps.onFailed();
       await tell(new Date(clock.now().getTime() + waitMs));
-      await clock.sleep(waitMs, signal).catch(() => undefined);
+      const why = await pause(
+        clock,
+        waitMs,
+        async () => {
+          const token = await readTokenFile(files, deps.tokenFile);
+          if (token !== undefined && token !== tokenBefore && mayWork(token, clock.now())) return true;
+          return takeStored();
+        },
+        signal,
+      );
+      if (why !== "over") waits = backoff(uniform, RETRY);
     }
+  }
+}
+
+const acceptedNow = ({ notBefore, notAfter }: Svid, clock: Clock): Accepted => ({
+  notBefore,
+  notAfter,
+  acceptedAt: clock.now(),
+  acceptedMs: clock.monotonicMs(),
+});
+
+/** A full disk is no reason to go without: the certificate is in use already, only the next start would not find it. */
+async function store({ host, folder, conditions }: KeepDeps, svid: Svid): Promise<void> {
+  try {
+    await storeSvid(host.files, folder, svid);
+    conditions.clear(NOT_STORED);
+  } catch (thrown) {
+    conditions.raise(
+      NOT_STORED,
+      "warning",
+      `the new certificate is in use but could not be written to ${folder}: ${messageOf(thrown)}`,
+      "Make room on that disk; the next renewal writes again.",
+    );
   }
 }
 
 /** Milliseconds to the next attempt: at its time in the certificate's life, or sooner while the certificate is unproven. */
 function untilDue(
-  held: Svid,
+  accepted: Accepted,
   now: Date,
   jitter: number,
   proveAt: number | undefined,
   monotonicMs: number,
 ): number {
-  const renewMs = renewIn(held, now, () => jitter);
+  const renewMs = untilRenewal(accepted, now, monotonicMs, () => jitter);
   return proveAt === undefined ? renewMs : Math.max(0, Math.min(renewMs, proveAt - monotonicMs));
 }
 
@@ -138,16 +206,22 @@ function raiseNotRenewed(
   error: VmmeshError,
   waitMs: number,
 ): void {
-  const left = (held?.notAfter.getTime() ?? 0) - host.clock.now().getTime();
+  const now = host.clock.now();
+  const left = (held?.notAfter.getTime() ?? 0) - now.getTime();
+  const early = (held?.notBefore.getTime() ?? 0) - now.getTime();
   const until =
-    left > 0
-      ? `the present certificate is good for another ${formatDuration(left)}`
-      : "there is no valid certificate: mutual TLS fails";
+    left <= 0
+      ? "there is no valid certificate: mutual TLS fails"
+      : early > 0
+        ? `by this machine's clock the present certificate is not valid for another ${formatDuration(early)}`
+        : `the present certificate is good for another ${formatDuration(left)}`;
   conditions.raise(
     CONDITION,
-    left > 0 ? "warning" : "error",
+    left > 0 && early <= 0 ? "warning" : "error",
     `${error.message}; ${until}`,
-    error.next ?? `The next attempt is in ${formatDuration(waitMs)}.`,
+    TOKEN_HELPS.has(error.code)
+      ? FRESH_TOKEN
+      : (error.next ?? `The next attempt is in ${formatDuration(waitMs)}.`),
   );
 }
 

@@ -29,3 +29,29 @@ export function renewIn(
   const at = validity.notAfter.getTime() - lifetime * (0.5 + 0.1 * random());
   return Math.max(0, at - now.getTime());
 }
+
+/** A certificate, and what both clocks said when it came. */
+export interface Accepted {
+  readonly notBefore: Date;
+  readonly notAfter: Date;
+  readonly acceptedAt: Date;
+  readonly acceptedMs: number;
+}
+
+/**
+ * `renewIn` for a wall clock that may have been set since: the monotonic one, which stands still only in suspend, keeps a
+ * clock that was put back from stretching the certificate's life. One that is not valid yet is due at once.
+ *
+ * @param monotonicMs of now
+ */
+export function untilRenewal(
+  accepted: Accepted,
+  now: Date,
+  monotonicMs: number,
+  random: () => number,
+): number {
+  if (accepted.notBefore > now) return 0;
+  const passedMs = monotonicMs - accepted.acceptedMs;
+  const byMonotonic = renewIn(accepted, accepted.acceptedAt, random) - passedMs;
+  return Math.max(0, Math.min(renewIn(accepted, now, random), byMonotonic));
+}

@@ -139,7 +139,8 @@ export async function loadSvid(
   try {
     const leaf = new X509Certificate(chain);
     const spiffe = spiffeOf(leaf);
-    if (spiffe === undefined) return undefined;
+    // Both may have been put there by hand, and Envoy refuses a pair that does not fit.
+    if (spiffe === undefined || !leaf.checkPrivateKey(createPrivateKey(key))) return undefined;
     return { key, chain, roots, notBefore: leaf.validFromDate, notAfter: leaf.validToDate, serial, spiffe };
   } catch {
     return undefined;
