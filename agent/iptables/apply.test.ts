@@ -63,9 +63,9 @@ describe("applyPlan", () => {
       "systemctl stop vmmesh-rollback.timer",
       "systemd-run --unit=vmmesh-rollback --on-active=30s --timer-property=AccuracySec=100ms --collect /bin/sh /rules/gen-00000000/undo.sh trial",
       "ip -6 addr add ::6/128 dev lo",
+      "nft -f -",
       "iptables-nft-restore --noflush",
       "ip6tables-nft-restore --noflush",
-      "nft -f -",
     ]);
   });
 

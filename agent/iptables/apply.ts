@@ -70,8 +70,8 @@ const COMMENTS = { comments: true } as const;
 
 /**
  * Puts a plan into force for `confirmWithinMs`. Everything is tested first and the rollback is armed before the first rule
- * is applied, so nothing that happens to this process can leave an unconfirmed rule behind. nat comes last; guard and
- * fence come in one transaction.
+ * is applied, so nothing that happens to this process can leave an unconfirmed rule behind. nat comes last in
+ * each family; guard and fence come beside them in one transaction.
  *
  * @throws {VmmeshError} BUSY while another trial runs; RULES_REJECTED, RULES_PRIVILEGE by the kernel, and then nothing is left
  */
@@ -131,8 +131,9 @@ export async function applyPlan(
     const seen = shrinks ? await readTables(host, plan) : before;
     await together([addPassthroughAddress(host, here, plan), layRouting(host, here, plan)]);
     await together([
-      ...plan.families.map(({ family }) => applyFamily(host, plan, family, TABLES, seen)),
+      // It takes the longest.
       applyNft(host, rendered, here),
+      ...plan.families.map(({ family }) => applyFamily(host, plan, family, TABLES, seen)),
     ]);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, {

@@ -10,7 +10,7 @@ import {
   sshPortsOf,
   withoutCounters,
 } from "./parse.ts";
-import { type BackendEvidence, chooseBackend } from "./read.ts";
+import { type BackendEvidence, chooseBackend, nftRulesMatter } from "./read.ts";
 
 describe("parseRule", () => {
   test.for([
@@ -187,5 +187,19 @@ describe("chooseBackend", () => {
     },
   ] as const)("$name", ({ nft, legacy, plain, want }) => {
     expect(chooseBackend(nft, legacy, plain).backend).toBe(want);
+    if (nftRulesMatter(legacy, plain)) return;
+    for (const rules of [0, 1, 50_000])
+      for (const kubernetes of [true, false])
+        expect(chooseBackend({ ...nft, rules, natRules: rules, kubernetes }, legacy, plain).backend).toBe(
+          want,
+        );
+  });
+
+  test("nft's rules are read where legacy holds something, or is what `iptables` means", () => {
+    expect(nftRulesMatter(none, "nft")).toBe(false);
+    expect(nftRulesMatter(absent, "nft")).toBe(false);
+    expect(nftRulesMatter(none, "legacy")).toBe(true);
+    expect(nftRulesMatter({ ...none, rules: 1 }, "nft")).toBe(true);
+    expect(nftRulesMatter({ ...none, kubernetes: true }, "nft")).toBe(true);
   });
 });

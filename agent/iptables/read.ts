@@ -74,15 +74,28 @@ export function chooseBackend(
       why: "the machine's other rules are there",
     };
   }
-  return { backend: defaultIs ?? "nft", why: "neither holds rules, and this is what `iptables` means here" };
+  return {
+    backend: defaultIs ?? "nft",
+    why: "iptables-legacy holds no more rules, and this is what `iptables` means here",
+  };
 }
 
-export async function backendEvidence(host: Reads, backend: Backend): Promise<BackendEvidence> {
-  const program = `iptables-${backend}`;
-  const version = await tryRun(host, { argv: [program, "--version"] });
-  if (version?.code !== 0) return evidenceOf(undefined);
+/**
+ * Can the rules that nft holds, however many, change the choice? Reading 50,000 of them takes seconds, and on most machines
+ * legacy is empty and `iptables` means nft. Pure.
+ */
+export function nftRulesMatter(legacy: BackendEvidence, defaultIs: Backend | undefined): boolean {
+  return legacy.installed && (defaultIs !== "nft" || legacy.rules > 0 || legacy.kubernetes);
+}
+
+async function isInstalled(host: Runs, backend: Backend): Promise<boolean> {
+  return (await tryRun(host, { argv: [`iptables-${backend}`, "--version"] }))?.code === 0;
+}
+
+async function backendEvidence(host: Runs, backend: Backend): Promise<BackendEvidence> {
+  if (!(await isInstalled(host, backend))) return evidenceOf(undefined);
   // Without -t, legacy's save prints the registered tables and registers none.
-  const save = await tryRun(host, { argv: [`${program}-save`] });
+  const save = await tryRun(host, { argv: [`iptables-${backend}-save`] });
   return evidenceOf(parseSave(save?.stdout ?? ""));
 }
 
@@ -128,8 +141,8 @@ const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
  * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN
  */
 export async function readMachine(host: Reads): Promise<MachineFacts> {
-  const [nft, legacy, plain, probe, timeouts, sshPorts, links] = await Promise.all([
-    backendEvidence(host, "nft"),
+  const [nftInstalled, legacy, plain, probe, timeouts, sshPorts, links] = await Promise.all([
+    isInstalled(host, "nft"),
     backendEvidence(host, "legacy"),
     tryRun(host, { argv: ["iptables", "--version"] }),
     tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE }),
@@ -144,6 +157,9 @@ export async function readMachine(host: Reads): Promise<MachineFacts> {
     });
   }
   const defaultIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
+  const nft = nftRulesMatter(legacy, defaultIs)
+    ? await backendEvidence(host, "nft")
+    : { ...evidenceOf([]), installed: nftInstalled };
   const { backend, why } = chooseBackend(nft, legacy, defaultIs);
   const named = backend !== undefined && (backend === "nft" ? nft : legacy).installed;
   const ip4 = backend === undefined ? undefined : named ? `iptables-${backend}` : "iptables";

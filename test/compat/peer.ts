@@ -67,7 +67,8 @@ export class PeerMachine implements AsyncDisposable {
     const words = Object.entries({ PATH, ...env }).map(([name, value]) => `${name}=${value}`);
     return sh(["ip", "netns", "exec", this.name, "env", "-i", ...words, ...argv], {
       allowFail: true,
-      timeoutMs: 20_000,
+      // Beside 50,000 foreign rules it cleans up for a quarter of a minute.
+      timeoutMs: 120_000,
       ...(input === undefined ? {} : { input }),
     });
   }

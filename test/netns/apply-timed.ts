@@ -11,7 +11,7 @@ import { WISH } from "./lab.ts";
 export interface ApplyTimes {
   /** From the start of the first program that writes to the kernel to the end of the last. */
   readonly inForceMs: number;
-  /** `applyPlan`: reading, testing, arming the rollback, writing, and reading back. */
+  /** Looking at the machine, planning, and `applyPlan`: testing, arming the rollback, writing, and reading back. */
   readonly wholeMs: number;
 }
 
@@ -40,11 +40,11 @@ function isWrite({ argv: [program = "", ...args] }: Command): boolean {
   return program === "ip" && args.includes("add");
 }
 
-const plan = planCapture({ ...WISH, dns: { servers: [resolver] } }, await readMachine(host));
-const rendered = renderPlan(plan, { comments: true });
+const wish = { ...WISH, dns: { servers: [resolver] } };
 for await (const _ of createInterface({ input: process.stdin })) {
   writes.length = 0;
   const began = clock.monotonicMs();
+  const rendered = renderPlan(planCapture(wish, await readMachine(host)), { comments: true });
   const trial = await applyPlan(host, rendered, { confirmWithinMs: 60_000, rulesDir, unit: "detached" });
   const times: ApplyTimes = {
     inForceMs:

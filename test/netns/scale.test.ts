@@ -40,9 +40,12 @@ describe.for([20_000, 50_000])("beside %i rules of kube-proxy", (count) => {
     const loaded = await lab.inside(["iptables-nft-restore", "--noflush"], kubeProxyRules(count));
     expect(loaded).toMatchObject({ code: 0 });
     const before = await foreignHash();
-    const rendered = await lab.rendered(WISH);
-    const applied = await timed(() =>
-      applyPlan(lab.host, rendered, { confirmWithinMs: 60_000, rulesDir: lab.rulesDir, unit: "detached" }),
+    const applied = await timed(async () =>
+      applyPlan(lab.host, await lab.rendered(WISH), {
+        confirmWithinMs: 60_000,
+        rulesDir: lab.rulesDir,
+        unit: "detached",
+      }),
     );
     expect(await foreignHash()).toBe(before);
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");

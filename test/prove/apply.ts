@@ -112,7 +112,7 @@ function rows(count: number, { inForceMs, wholeMs, peerMs }: Medians, rounds: nu
   const beside = `${count === 0 ? "on empty tables" : `beside ${count} foreign rules`}, median of ${rounds}`;
   return [
     row("apply", `rules in force, from the first to the last write, ${beside}`, rounded(inForceMs, 1), "ms"),
-    row("apply", `tested, armed, applied and read back, ${beside}`, rounded(wholeMs, 1), "ms"),
+    row("apply", `looked, tested, armed, applied and read back, ${beside}`, rounded(wholeMs, 1), "ms"),
     row("apply", `istio-iptables, the whole command, ${beside}`, rounded(peerMs, 1), "ms", "", "peer"),
     row(
       "apply",
@@ -123,7 +123,7 @@ function rows(count: number, { inForceMs, wholeMs, peerMs }: Medians, rounds: nu
     ),
     row(
       "apply",
-      `tested, armed, applied and read back, by the peer's time, ${beside}`,
+      `looked, tested, armed, applied and read back, by the peer's time, ${beside}`,
       rounded(wholeMs / peerMs, 3),
       "ratio",
       count === 0 ? "" : "< 1",
@@ -161,6 +161,6 @@ export const proof: Proof = {
 
 const NAMES: Readonly<Record<keyof Medians, string>> = {
   inForceMs: "rules in force",
-  wholeMs: "tested, armed, applied and read back",
+  wholeMs: "looked, tested, armed, applied and read back",
   peerMs: "istio-iptables, the whole command",
 };
