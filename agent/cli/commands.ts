@@ -276,6 +276,13 @@ export const COMMANDS: readonly CommandSpec[] = [
         describe: "drop segments that conntrack calls invalid on captured ports",
       },
       {
+        name: "backend",
+        type: "string",
+        choices: ["auto", "nft", "legacy", "nftables"],
+        describe:
+          "where the rules are: the iptables of one kind, or nftables without any iptables (default: auto, the one that this machine uses)",
+      },
+      {
         name: "interception-mode",
         type: "string",
         choices: ["redirect", "tproxy"],

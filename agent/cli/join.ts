@@ -15,6 +15,7 @@ import { checkScope } from "../iptables/plan/senders.ts";
 import { checkInterfaces, fitsInterface } from "../iptables/plan/wish.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
 import { describePreview, type Preview, preview, readLive } from "../iptables/preview.ts";
+import { readMachine } from "../iptables/read.ts";
 import { readBundle, renderMeshConfig } from "../mesh/bundle.ts";
 import { parseEnv, renderEnv, sieveMeshEnv } from "../mesh/env.ts";
 import { renderSidecarEnv } from "../mesh/sidecar.ts";
@@ -54,6 +55,7 @@ export async function join(options: Options): Promise<number> {
   if (await isJoinedWithoutIdentity(context)) return renewIdentity(context, options, owners, signal);
   const journal = await openJournal(context, options);
   await tellMissingInterfaces(context, options);
+  if (!rehearse) await checkBackend(context, options);
   const envoy = await checkEnvoy(host, text(options, "envoy"));
   if (services.kind === "systemd") checkVisible(envoy.path);
   const credentialExec = text(options, "credential-exec");
@@ -242,6 +244,12 @@ async function renewIdentity(
   return 0;
 }
 
+/** The rules come last in a join: one that cannot work is refused before anything is changed. */
+async function checkBackend({ host }: Context, options: Options): Promise<void> {
+  const asked = text(options, "backend");
+  if (asked === "nft" || asked === "legacy" || asked === "nftables") await readMachine(host, asked);
+}
+
 /** A fresh journal, or that of a join that was interrupted. */
 async function openJournal({ host, paths }: Context, options: Options): Promise<Journal> {
   const found = await readJournal(host.files, paths);
@@ -322,6 +330,7 @@ async function render(
   const meshCidrs = list(options, "mesh-cidr").length > 0 ? list(options, "mesh-cidr") : bundle.meshCidrs;
   const ip = text(options, "ip");
   const credentialExec = text(options, "credential-exec");
+  const backend = text(options, "backend");
   const clusterEnv = renderEnv(kept, {
     order: "sorted",
     header:
@@ -337,6 +346,7 @@ async function render(
     virtualInterfaces: list(options, "virtual-interface"),
     ...(flag(options, "drop-invalid") ? { dropInvalid: "true" } : {}),
     ...(mode === undefined ? {} : { interceptionMode: mode.toUpperCase() }),
+    ...(backend === undefined ? {} : { backend }),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),
     outboundCidrs: list(options, "include-outbound-cidr"),
     outboundPorts: ports(options, "include-outbound-port"),

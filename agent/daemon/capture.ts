@@ -93,7 +93,7 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
 }
 
 export async function planFor(host: Host, workload: Workload, owners: Owners): Promise<CapturePlan> {
-  return planCapture(await captureWish(host, workload, owners), await readMachine(host));
+  return planCapture(await captureWish(host, workload, owners), await readMachine(host, workload.backend));
 }
 
 /** What `vmmesh status` says on capture. */

@@ -9,6 +9,8 @@ export interface CaptureState {
   readonly inbound: string;
   readonly outbound: string;
   readonly failurePolicy?: readonly string[];
+  /** Whose tables the rules are in, and why there. */
+  readonly backend?: string;
   /** Absent until a fence was read. */
   readonly counts?: FenceCounts;
 }

@@ -5,6 +5,7 @@ import { parseResolvConf } from "../dns/upstream.ts";
 import { enrollByAny } from "../identity/credentials.ts";
 import { loadSvid, storeSvid } from "../identity/svid.ts";
 import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
+import { backendWords } from "../iptables/plan/describe.ts";
 import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { refuseSharedRouting } from "../iptables/routing.ts";
@@ -108,7 +109,11 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       }
       await trial.confirm();
       await pruneDropIns(host, plan);
-      await writeCaptureState(host, paths, { inForce: true, ...captureWords(workload) });
+      await writeCaptureState(host, paths, {
+        inForce: true,
+        backend: backendWords(plan),
+        ...captureWords(workload),
+      });
       return { appliedInMs: trial.appliedInMs };
     },
     async removeRules() {

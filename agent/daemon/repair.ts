@@ -25,6 +25,7 @@ export async function repairCapture(
   if (state.inForce && report.repaired.length === 0 && counted) return;
   await writeCaptureState(host, paths, {
     inForce: true,
+    ...(report.backend === undefined ? {} : { backend: report.backend }),
     ...(counts === undefined ? {} : { counts }),
     repairs: state.repairs + report.repaired.length,
     ...(state.inForce ? {} : await words(host, paths, say)),

@@ -302,6 +302,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         ...captureWords(workload),
         inForce: capture.inForce,
         repairs: capture.repairs,
+        ...(capture.backend === undefined ? {} : { backend: capture.backend }),
         ...(capture.counts === undefined ? {} : { counts: capture.counts }),
       },
       dns: {

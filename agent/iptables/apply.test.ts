@@ -103,6 +103,28 @@ describe("applyPlan", () => {
   });
 });
 
+test("what the kernel lacks ends an apply before anything is changed, though the test only warns of it", async () => {
+  const { host, ran, files } = machine();
+  const warns = {
+    ...host,
+    run: async (command: Command): Promise<CommandResult> => {
+      const result = await host.run(command);
+      const warning = "Warning: Extension owner revision 0 not supported, missing kernel module?\n";
+      return command.argv.join(" ") === "ip6tables-nft-restore --test --noflush"
+        ? { ...result, stderr: warning }
+        : result;
+    },
+  };
+  const rendered = renderPlan(planCapture(WISH, MACHINE), { comments: true });
+  await expect(applyPlan(warns, rendered, OPTIONS)).rejects.toMatchObject({
+    code: "RULES_REJECTED",
+    message: "this kernel has no `owner`, which the rules need",
+    next: expect.stringContaining("modprobe xt_owner"),
+  });
+  expect(writes(ran).filter((line) => !line.includes("--test") && !line.includes("--check"))).toEqual([]);
+  expect(await files.readLink("/rules/trial")).toBeUndefined();
+});
+
 test("with nothing confirmed there is nothing to load, and nothing is run", async () => {
   const { host, ran } = machine();
   expect(await loadConfirmed(host, "/rules")).toEqual({

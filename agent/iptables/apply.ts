@@ -1,7 +1,10 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, Files, Host } from "../platform/host.ts";
+import { findOurs } from "./elsewhere.ts";
+import { lackOf } from "./lack.ts";
 import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
 import { withoutCounters } from "./parse.ts";
+import { backendWords } from "./plan/describe.ts";
 import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
 import { type CapturePlan, type FamilyPlan, planCapture } from "./plan.ts";
 import {
@@ -15,9 +18,16 @@ import {
 } from "./read.ts";
 import { refusal, refused } from "./refusal.ts";
 import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
-import { refuseSharedRouting } from "./routing.ts";
+import { refuseSharedRouting, undoRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
-import { nftTables, removeTables, renderUndoScript, restoreCommand } from "./undo.ts";
+import {
+  nftTables,
+  removeTables,
+  renderChainsOut,
+  renderLoadScript,
+  renderUndoScript,
+  restoreCommand,
+} from "./undo.ts";
 
 export type Applies = Pick<Host, "run" | "files" | "random">;
 
@@ -125,16 +135,20 @@ export async function applyPlan(
     await arm(host, here, options);
     const started = host.clock.monotonicMs();
     const former = await readState(host.files, rulesDir, "confirmed");
-    // Its chains would stay behind.
-    const shrinks = former !== undefined && !covers(plan, former.state.plan);
+    // Its chains would stay behind. Those of another backend are in nobody's way: they go when the new ones are in force.
+    const moves = former !== undefined && former.state.plan.backend !== plan.backend;
+    const shrinks = former !== undefined && !moves && !covers(plan, former.state.plan);
     if (shrinks) await takeOutFormer(host, former, rendered, here);
     const seen = shrinks ? await readTables(host, plan) : before;
     await together([addPassthroughAddress(host, here, plan), layRouting(host, here, plan)]);
     await together([
       // It takes the longest.
-      applyNft(host, rendered, here),
+      applyNft(host, rendered, here, moves ? goneTables(former.state.plan, plan) : []),
       ...plan.families.map(({ family }) => applyFamily(host, plan, family, TABLES, seen)),
     ]);
+    await takeOutElsewhere(host, plan.backend, former?.here ?? here);
+    if (moves && former.state.plan.routeTable !== plan.routeTable)
+      await takeOutRouting(host, former.state.plan);
     const appliedInMs = host.clock.monotonicMs() - started;
     await writeState(host.files, here, {
       ...state,
@@ -209,17 +223,40 @@ async function takeOutFormer(
   next: string,
 ): Promise<void> {
   if (!rendered.plan.guard) return undo(host, here, "now");
-  const kept = nftTables(rendered.plan);
-  await applyNft(
-    host,
-    rendered,
-    next,
-    nftTables(state.plan).filter((table) => !kept.includes(table)),
-  );
+  await applyNft(host, rendered, next, goneTables(state.plan, rendered.plan));
   const script = `${here}/chains.sh`;
   await host.files.writeAtomic(script, renderUndoScript({ ...state.plan, guard: false }), PRIVATE);
   const result = await host.run({ argv: ["sh", script, "now", LOCK_SECONDS] });
   if (result.code !== 0) throw await refusal(host, result, `${script} now`);
+}
+
+/** Tables of nft that `next` does not have any more. */
+function goneTables(former: CapturePlan, next: CapturePlan): string[] {
+  const kept = nftTables(next);
+  return nftTables(former).filter((table) => !kept.includes(table));
+}
+
+/**
+ * Rules of ours are in one backend of iptables only.
+ *
+ * @param but the one in which they belong; undefined: in none
+ * @param here directory of the generation that may have made them
+ * @returns the backends in which there were some
+ */
+async function takeOutElsewhere(host: Applies, but: CapturePlan["backend"], here: string): Promise<string[]> {
+  const found = await findOurs(host, but);
+  for (const ours of found) {
+    const result = await host.run({
+      argv: ["sh", "-s", here, LOCK_SECONDS],
+      input: renderChainsOut(ours, ours.chains),
+    });
+    if (result.code !== 0) throw await refusal(host, result, `the way out of iptables-${ours.backend}`);
+  }
+  return found.map(({ backend }) => backend);
+}
+
+async function takeOutRouting(host: Applies, former: CapturePlan): Promise<void> {
+  await host.run({ argv: ["sh", "-s"], input: undoRouting(former).join("\n") });
 }
 
 /** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
@@ -243,7 +280,8 @@ async function test(host: Applies, rendered: RenderedPlan): Promise<void> {
   const accept = async (argv: Command["argv"], what: string, input: string | undefined): Promise<void> => {
     if (input === undefined) return;
     const result = await host.run({ argv, input });
-    if (result.code !== 0) throw await refusal(host, result, what);
+    // Of what the kernel lacks, iptables only warns.
+    if (result.code !== 0 || lackOf(result.stderr) !== undefined) throw await refusal(host, result, what);
   };
   await together([
     ...texts.map(([family, text]) => {
@@ -261,8 +299,7 @@ async function writeGeneration(
   state: GenerationFile,
 ): Promise<void> {
   const texts: [string, string | undefined][] = [
-    ["ipv4.rules", rendered.ipv4],
-    ["ipv6.rules", rendered.ipv6],
+    ["load.sh", renderLoadScript(rendered.plan)],
     // One file, so that `nft -f` at boot loads guard and fence as one transaction.
     ["boot.nft", nftText(rendered)],
     ["routing.sh", rendered.routing],
@@ -529,6 +566,8 @@ export interface LoadReport {
   readonly state: "nothing confirmed" | "trial running" | "in place" | "repaired";
   /** One sentence for each thing that was mended, with who is likely to have moved it. */
   readonly repaired: readonly string[];
+  /** Whose tables they are in, and why there. */
+  readonly backend?: string;
   /** A trial that a reboot or a lost timer had left over was dropped. */
   readonly droppedTrial: boolean;
 }
@@ -571,7 +610,12 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
   const mended = [...first, laid, ...rest].flat();
   if (mended.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
   const repaired = [...(await takeMended(host.files, here)), ...mended];
-  return { state: repaired.length > 0 ? "repaired" : "in place", repaired, droppedTrial: dropped };
+  return {
+    state: repaired.length > 0 ? "repaired" : "in place",
+    repaired,
+    backend: backendWords(plan),
+    droppedTrial: dropped,
+  };
 }
 
 /** What `mend.sh` mended since it was last asked. It never runs beside us. */
@@ -699,13 +743,20 @@ export async function removeCapture(
     await undo(host, here, "now");
     const after = await foreignLines(host, state.plan);
     foreignUnchanged &&= before.foreign.join("\n") === after.foreign.join("\n");
-    residue = after.ours;
+    residue = [...after.ours, ...(await tablesThere(host, state.plan))];
     removed.push(here);
   }
   await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
   if (removed.length === 0 && (await removeUnrecorded(host))) removed.push("rules without a record");
+  const strays = await takeOutElsewhere(host, undefined, rulesDir);
+  removed.push(...strays.map((backend) => `rules in iptables-${backend}`));
   if (residue.length === 0) await host.files.remove(rulesDir);
   return { removed, residue, foreignUnchanged };
+}
+
+async function tablesThere(host: Applies, plan: CapturePlan): Promise<string[]> {
+  const texts = await Promise.all(nftTables(plan).map((name) => listNftTable(host, name)));
+  return nftTables(plan).filter((_, index) => texts[index] !== undefined);
 }
 
 /** A record that cannot be read must not keep anybody from leaving: it counts as lost. */

@@ -15,17 +15,22 @@ export const MENDED = "mended";
  *
  * A foreign rule is data here: it is compared and fed back to iptables-restore, never evaluated.
  *
- * @returns undefined where no event would start it: iptables-legacy causes none
+ * iptables-legacy causes no event; there it is only guard and fence that are put back.
+ *
+ * @returns undefined where no event would start it
  */
 export function renderMendScript({
   plan,
   guard,
   fence,
 }: Pick<RenderedPlan, "plan" | "guard" | "fence">): string | undefined {
-  if (plan.backend !== "nft") return undefined;
   const families = plan.families.filter(
-    (wanted) => plan.programs[wanted.family] !== undefined && tableRules(wanted, "nat").length > 0,
+    (wanted) =>
+      plan.backend === "nft" &&
+      plan.programs[wanted.family] !== undefined &&
+      tableRules(wanted, "nat").length > 0,
   );
+  if (families.length === 0 && nftTables(plan).length === 0) return undefined;
   const own = families.flatMap((wanted) => ownChains(wanted, "nat"));
   const parts = [
     ...families.map((wanted) => ({ name: `nat${wanted.family}`, lines: natPart(plan, wanted) })),
@@ -33,7 +38,7 @@ export function renderMendScript({
       name: `table${index}`,
       lines: [
         `nft -t list table ${table} >/dev/null 2>&1 || {`,
-        `nft -f - <<'END' && mended 'gone ${table}'`,
+        `${plan.units === undefined ? "nft -f -" : 'sh "$here/scope.sh" load'} <<'END' && mended 'gone ${table}'`,
         (table.endsWith("-fence") ? fence : guard)?.trimEnd() ?? "",
         "END",
         "}",
@@ -42,9 +47,13 @@ export function renderMendScript({
   ];
   return [
     HEAD,
-    JUDGE.replace("OUR_JUMPS", targets(own))
-      .replace("HARMLESS", targets(HARMLESS))
-      .replaceAll("DIVERTING", targets([...DIVERTING, ...KNOWN_DIVERTERS])),
+    ...(families.length === 0
+      ? []
+      : [
+          JUDGE.replace("OUR_JUMPS", targets(own))
+            .replace("HARMLESS", targets(HARMLESS))
+            .replaceAll("DIVERTING", targets([...DIVERTING, ...KNOWN_DIVERTERS])),
+        ]),
     ...parts.flatMap(({ name, lines }) => [`${name}() {`, ...lines, "}"]),
     "failed=0",
     'all_of() { all=; for each; do "$each" & all="$all $!"; done; for each in $all; do wait "$each" || failed=1; done; }',

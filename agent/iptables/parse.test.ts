@@ -10,7 +10,6 @@ import {
   sshPortsOf,
   withoutCounters,
 } from "./parse.ts";
-import { type BackendEvidence, chooseBackend, nftRulesMatter } from "./read.ts";
 
 describe("parseRule", () => {
   test.for([
@@ -146,60 +145,4 @@ table inet x {
     ["inet firewalld", "mangle_PREROUTING", "prerouting", -140],
     ["inet x", "f", "input", 0],
   ]);
-});
-
-describe("chooseBackend", () => {
-  const none: BackendEvidence = { installed: true, rules: 0, natRules: 0, kubernetes: false };
-  const absent: BackendEvidence = { ...none, installed: false };
-  test.for([
-    { name: "only nft", nft: none, legacy: absent, plain: "nft", want: "nft" },
-    { name: "only legacy", nft: absent, legacy: none, plain: "legacy", want: "legacy" },
-    {
-      name: "neither by name, but a plain iptables of an older distribution",
-      nft: absent,
-      legacy: absent,
-      plain: "legacy",
-      want: "legacy",
-    },
-    { name: "no iptables at all", nft: absent, legacy: absent, plain: undefined, want: undefined },
-    {
-      name: "kubelet's hint wins over the number of rules",
-      nft: { ...none, rules: 50 },
-      legacy: { ...none, rules: 1, kubernetes: true },
-      plain: "nft",
-      want: "legacy",
-    },
-    {
-      name: "nat rules in both: nft, because the guard is ahead of both",
-      nft: { ...none, rules: 1, natRules: 1 },
-      legacy: { ...none, rules: 9, natRules: 9 },
-      plain: "legacy",
-      want: "nft",
-    },
-    { name: "the one that is used", nft: none, legacy: { ...none, rules: 3 }, plain: "nft", want: "legacy" },
-    // Somebody's detector had asked legacy for its nat table: registered, empty, and Istio's own detection flipped to it.
-    {
-      name: "registered but empty legacy tables do not count",
-      nft: none,
-      legacy: none,
-      plain: "nft",
-      want: "nft",
-    },
-  ] as const)("$name", ({ nft, legacy, plain, want }) => {
-    expect(chooseBackend(nft, legacy, plain).backend).toBe(want);
-    if (nftRulesMatter(legacy, plain)) return;
-    for (const rules of [0, 1, 50_000])
-      for (const kubernetes of [true, false])
-        expect(chooseBackend({ ...nft, rules, natRules: rules, kubernetes }, legacy, plain).backend).toBe(
-          want,
-        );
-  });
-
-  test("nft's rules are read where legacy holds something, or is what `iptables` means", () => {
-    expect(nftRulesMatter(none, "nft")).toBe(false);
-    expect(nftRulesMatter(absent, "nft")).toBe(false);
-    expect(nftRulesMatter(none, "legacy")).toBe(true);
-    expect(nftRulesMatter({ ...none, rules: 1 }, "nft")).toBe(true);
-    expect(nftRulesMatter({ ...none, kubernetes: true }, "nft")).toBe(true);
-  });
 });

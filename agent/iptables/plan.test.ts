@@ -10,7 +10,7 @@ import { isHook, MAX_WHY, type Match } from "./rules.ts";
 
 const MODERN: MachineFacts = {
   backend: "nft",
-  backendWhy: "",
+  backendWhy: "the machine's other rules are there",
   programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
   nft: true,
   ipv6: true,
@@ -19,7 +19,7 @@ const MODERN: MachineFacts = {
 };
 const OLD: MachineFacts = {
   backend: "legacy",
-  backendWhy: "",
+  backendWhy: "the only one there is",
   programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
   nft: false,
   ipv6: true,
@@ -135,12 +135,15 @@ describe("what a machine cannot have", () => {
     const plan = planCapture(JOIN, {
       ...MODERN,
       backend: undefined,
+      backendWhy: "there is no iptables that can be used",
       programs: { 4: undefined, 6: undefined },
     });
     const rendered = renderPlan(plan, { comments: true });
     expect(rendered).toMatchObject({ ipv4: undefined, ipv6: undefined });
     expect(rendered.guard).toContain("table ip vmmesh");
-    expect(describePlan(plan)).toContain("the guard table captures alone");
+    expect(describePlan(plan)).toContain(
+      "nftables, in tables of its own (there is no iptables that can be used)",
+    );
   });
 
   test("with neither, it is refused", () => {
@@ -153,7 +156,24 @@ describe("what a machine cannot have", () => {
     expect(planCapture(JOIN, { ...OLD, programs: { 4: "iptables", 6: undefined } }).notes).toContain(
       "ip6tables is missing: IPv6 traffic is not captured",
     );
+    expect(planCapture(JOIN, { ...MODERN, programs: { 4: "iptables-nft", 6: undefined } }).notes).toContain(
+      "ip6tables is missing: the guard table captures IPv6 alone",
+    );
   });
+});
+
+test("a unit that is chosen and a backend of iptables that was asked for exclude each other", () => {
+  const senders = {
+    only: { uids: [], gids: [] },
+    never: { uids: [], gids: [], units: [{ unit: "a.service", path: "system.slice/a.service" }] },
+  } as const;
+  expect(planCapture({ ...JOIN, senders }, MODERN)).toMatchObject({
+    backend: undefined,
+    backendWhy: "units are chosen",
+  });
+  expect(() => planCapture({ ...JOIN, senders }, { ...MODERN, backendAsked: true })).toThrow(
+    expect.objectContaining({ code: "USAGE", next: expect.stringContaining("--backend nftables") }),
+  );
 });
 
 describe("wishes that are refused", () => {

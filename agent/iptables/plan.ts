@@ -30,6 +30,8 @@ export interface FamilyPlan {
 export interface CapturePlan {
   readonly version: 1;
   readonly backend: Backend | undefined;
+  /** Why this one, in words. */
+  readonly backendWhy: string;
   readonly programs: Readonly<Record<Family, string | undefined>>;
   readonly families: readonly FamilyPlan[];
   /** TPROXY: where the answers of the application are turned back to Envoy (`routing.ts`). */
@@ -72,6 +74,13 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       },
     );
   }
+  if (units !== undefined && machine.backendAsked === true && machine.backend !== undefined) {
+    throw new VmmeshError(
+      "USAGE",
+      `capture by systemd unit and the backend ${machine.backend} exclude each other: iptables cannot follow a unit through a restart`,
+      { next: "Take --backend nftables or auto (VMMESH_BACKEND in sidecar.env), or choose no unit." },
+    );
+  }
   const notes: string[] = [];
   if (units !== undefined)
     notes.push(
@@ -82,9 +91,12 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       "nf_tables is not usable here: guard and fence are left out, only the order of the iptables rules protects capture",
     );
   }
-  if (machine.backend === undefined) notes.push("there is no iptables: the guard table captures alone");
-  if (wish.ipv6 && machine.ipv6 && machine.programs[6] === undefined && !machine.nft) {
-    notes.push("ip6tables is missing: IPv6 traffic is not captured");
+  if (machine.backend !== undefined && wish.ipv6 && machine.ipv6 && machine.programs[6] === undefined) {
+    notes.push(
+      machine.nft
+        ? "ip6tables is missing: the guard table captures IPv6 alone"
+        : "ip6tables is missing: IPv6 traffic is not captured",
+    );
   }
   for (const name of unique([...(wish.excludeInterfaces ?? []), ...(wish.virtualInterfaces ?? [])])) {
     if (machine.interfaces?.some((there) => fitsInterface(name, there)) === false)
@@ -102,6 +114,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
     version: 1,
     // A redirect there would take what the guard lets go.
     backend: units === undefined ? machine.backend : undefined,
+    backendWhy: units === undefined ? machine.backendWhy : "units are chosen",
     ...(units === undefined ? {} : { units }),
     programs: machine.programs,
     families: families.map((family) => ({

@@ -1,18 +1,18 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, CommandResult, Host } from "../platform/host.ts";
+import { type BackendEvidence, evidenceOf, nftRulesMatter, settleBackend } from "./backend.ts";
 import {
   diverts,
   KNOWN_DIVERTERS,
   ownerOfChain,
   type ParsedRule,
-  type ParsedTable,
   parseListeners,
   parseRules,
   parseSave,
   parseSocketUnits,
   sshPortsOf,
 } from "./parse.ts";
-import type { Backend, MachineFacts } from "./plan/wish.ts";
+import type { Backend, BackendWish, MachineFacts } from "./plan/wish.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
 import { refusal } from "./refusal.ts";
 import { ownChains, type SeenJump, TABLES, tableRules } from "./render.ts";
@@ -37,80 +37,31 @@ export async function legacyTables(host: Pick<Host, "files">, family: Family): P
   return (text ?? "").split("\n").filter((name) => name !== "");
 }
 
-/** What one backend holds at the moment. */
-export interface BackendEvidence {
-  readonly installed: boolean;
-  /** Rules (`-A`), not chains: others' detectors leave empty tables behind. */
-  readonly rules: number;
-  readonly natRules: number;
-  readonly kubernetes: boolean;
-}
+type Found = Pick<BackendEvidence, "program" | "fault">;
 
 /**
- * Which backend to write to, and why, in words. (firewall.md, "Backend choice")
+ * The program of a backend. Debian names both; where only the plain `iptables` is there it stands for the one that it is.
  *
- * @param defaultIs what the plain `iptables` says of itself; undefined: there is none
+ * @param plainIs what the plain `iptables` says of itself; undefined: there is none
  */
-export function chooseBackend(
-  nft: BackendEvidence,
-  legacy: BackendEvidence,
-  defaultIs: Backend | undefined,
-): { backend: Backend | undefined; why: string } {
-  if (!nft.installed && !legacy.installed)
-    return {
-      backend: defaultIs,
-      why: defaultIs === undefined ? "there is no iptables" : "the only one there is",
-    };
-  if (!legacy.installed) return { backend: "nft", why: "the only one there is" };
-  if (!nft.installed) return { backend: "legacy", why: "the only one there is" };
-  if (nft.kubernetes !== legacy.kubernetes) {
-    return { backend: nft.kubernetes ? "nft" : "legacy", why: "Kubernetes keeps its rules there" };
+async function findBackend(host: Runs, backend: Backend, plainIs: Backend | undefined): Promise<Found> {
+  for (const program of [`iptables-${backend}`, ...(plainIs === backend ? ["iptables"] : [])]) {
+    // One chain by name costs the same beside any number of rules; legacy would make the table that it is asked for.
+    const what = backend === "nft" ? ["-t", "nat", "-S", "OUTPUT"] : ["--version"];
+    const result = await tryRun(host, { argv: [program, ...what] });
+    // A link to a program that is not there is no program either.
+    if (result === undefined || result.code === 127) continue;
+    // 4: no privilege, or no nf_tables; a chain that is not there, or that iptables cannot show, is none of that.
+    return result.code === 4 ? { fault: result.stderr.trim().split("\n")[0] ?? "" } : { program };
   }
-  if (nft.natRules > 0 && legacy.natRules > 0)
-    return { backend: "nft", why: "both backends hold nat rules: nft, with the guard ahead of both" };
-  if (nft.rules !== legacy.rules) {
-    return {
-      backend: nft.rules > legacy.rules ? "nft" : "legacy",
-      why: "the machine's other rules are there",
-    };
-  }
-  return {
-    backend: defaultIs ?? "nft",
-    why: "iptables-legacy holds no more rules, and this is what `iptables` means here",
-  };
+  return {};
 }
 
-/**
- * Can the rules that nft holds, however many, change the choice? Reading 50,000 of them takes seconds, and on most machines
- * legacy is empty and `iptables` means nft. Pure.
- */
-export function nftRulesMatter(legacy: BackendEvidence, defaultIs: Backend | undefined): boolean {
-  return legacy.installed && (defaultIs !== "nft" || legacy.rules > 0 || legacy.kubernetes);
-}
-
-async function isInstalled(host: Runs, backend: Backend): Promise<boolean> {
-  return (await tryRun(host, { argv: [`iptables-${backend}`, "--version"] }))?.code === 0;
-}
-
-async function backendEvidence(host: Runs, backend: Backend): Promise<BackendEvidence> {
-  if (!(await isInstalled(host, backend))) return evidenceOf(undefined);
+async function backendEvidence(host: Runs, { program, fault }: Found): Promise<BackendEvidence> {
+  if (program === undefined) return { ...evidenceOf(undefined), ...(fault === undefined ? {} : { fault }) };
   // Without -t, legacy's save prints the registered tables and registers none.
-  const save = await tryRun(host, { argv: [`iptables-${backend}-save`] });
-  return evidenceOf(parseSave(save?.stdout ?? ""));
-}
-
-/** The same of what was saved already; undefined: the program is not installed. Pure. */
-export function evidenceOf(tables: readonly ParsedTable[] | undefined): BackendEvidence {
-  if (tables === undefined) return { installed: false, rules: 0, natRules: 0, kubernetes: false };
-  const chains = tables.flatMap((table) => [...table.chains.keys()]);
-  return {
-    installed: true,
-    rules: tables.reduce((sum, table) => sum + table.rules.length, 0),
-    natRules: tables.find((table) => table.name === "nat")?.rules.length ?? 0,
-    kubernetes: chains.some((chain) =>
-      ["KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY", "KUBE-SERVICES"].includes(chain),
-    ),
-  };
+  const save = await tryRun(host, { argv: [`${program}-save`] });
+  return { ...evidenceOf(parseSave(save?.stdout ?? "")), program };
 }
 
 /** Does the kernel take what guard and fence need? `--check` sends the tables to the kernel and commits nothing (nft(8)). */
@@ -138,36 +89,46 @@ const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
 /**
  * What decides how a wish becomes rules on this machine. Writes nothing, registers no legacy table.
  *
- * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN
+ * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN; RULES_REJECTED if the backend that was asked for cannot work here
  */
-export async function readMachine(host: Reads): Promise<MachineFacts> {
-  const [nftInstalled, legacy, plain, probe, timeouts, sshPorts, links] = await Promise.all([
-    isInstalled(host, "nft"),
-    backendEvidence(host, "legacy"),
-    tryRun(host, { argv: ["iptables", "--version"] }),
+export async function readMachine(host: Reads, wished: BackendWish = "auto"): Promise<MachineFacts> {
+  const plain = await tryRun(host, { argv: ["iptables", "--version"] });
+  const plainIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
+  const [nftFound, legacy, probe, timeouts, sshPorts, links] = await Promise.all([
+    findBackend(host, "nft", plainIs),
+    findBackend(host, "legacy", plainIs).then((found) => backendEvidence(host, found)),
     tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE }),
     tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_TIMEOUT_PROBE }),
     readSshPorts(host),
     tryRun(host, { argv: ["ip", "-o", "link", "show"] }),
   ]);
-  if (probe !== undefined && /Operation not permitted/.test(probe.stderr)) {
+  const refusal = [probe?.stderr, nftFound.fault].find((text) =>
+    /not permitted|permission denied|must be root/i.test(text ?? ""),
+  );
+  if (refusal !== undefined) {
     throw new VmmeshError("RULES_PRIVILEGE", "the firewall cannot be read without CAP_NET_ADMIN", {
-      cause: new Error(probe.stderr.trim().split("\n")[0]),
+      cause: new Error(refusal.trim().split("\n")[0]),
       next: "Run the command as root, in the network namespace of the machine itself.",
     });
   }
-  const defaultIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
-  const nft = nftRulesMatter(legacy, defaultIs)
-    ? await backendEvidence(host, "nft")
-    : { ...evidenceOf([]), installed: nftInstalled };
-  const { backend, why } = chooseBackend(nft, legacy, defaultIs);
-  const named = backend !== undefined && (backend === "nft" ? nft : legacy).installed;
-  const ip4 = backend === undefined ? undefined : named ? `iptables-${backend}` : "iptables";
-  const ip6 = backend === undefined ? undefined : named ? `ip6tables-${backend}` : "ip6tables";
+  const nft =
+    nftFound.program === undefined || (wished === "auto" && nftRulesMatter(legacy, plainIs))
+      ? await backendEvidence(host, nftFound)
+      : { ...evidenceOf([]), ...nftFound };
+  const { backend, why } = settleBackend(wished, {
+    nft,
+    legacy,
+    plainIs,
+    nftables: probe?.code === 0,
+    ...(probe === undefined || probe.code === 0 ? {} : { fault: probe.stderr.trim().split("\n")[0] ?? "" }),
+  });
+  const ip4 = backend === undefined ? undefined : (backend === "nft" ? nft : legacy).program;
+  const ip6 = ip4?.replace("iptables", "ip6tables");
   const ip6Works = ip6 !== undefined && (await tryRun(host, { argv: [ip6, "--version"] }))?.code === 0;
   return {
     backend,
     backendWhy: why,
+    backendAsked: wished !== "auto",
     programs: { 4: ip4, 6: ip6Works ? ip6 : undefined },
     nft: probe?.code === 0,
     ipv6: ((await host.files.readText("/proc/net/if_inet6")) ?? "") !== "",

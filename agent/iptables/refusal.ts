@@ -1,5 +1,6 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { CommandResult, Host } from "../platform/host.ts";
+import { lackOf } from "./lack.ts";
 
 interface Asks extends Pick<Host, "run"> {
   readonly files: Pick<Host["files"], "readText">;
@@ -14,6 +15,8 @@ export function refused(result: CommandResult, what: string): VmmeshError {
       next: "Run the command as root, in the network namespace of the machine itself.",
     });
   }
+  const lack = lackOf(result.stderr);
+  if (lack !== undefined) return new VmmeshError("RULES_REJECTED", lack.sentence, { cause, next: lack.next });
   return new VmmeshError("RULES_REJECTED", `\`${what}\` was refused by the kernel`, {
     cause,
     next: "Run `vmmesh iptables audit` to see which tables are in force, then send its output with the bug report.",

@@ -1,6 +1,6 @@
 import { FENCE_TABLE, guardTable } from "./nft.ts";
-import type { CapturePlan, FamilyPlan } from "./plan.ts";
-import { ownChains } from "./render.ts";
+import type { CapturePlan } from "./plan.ts";
+import { ownChains, renderTable, tableRules } from "./render.ts";
 import { undoRouting } from "./routing.ts";
 import { type Family, HOOKS, PASSTHROUGH, type Table } from "./rules.ts";
 
@@ -68,18 +68,13 @@ export function renderUndoScript(plan: CapturePlan): string {
     `[ ! -e "$here/made.address" ] || ip -6 addr del ${PASSTHROUGH[6]}/128 dev lo || true`,
     ...undoRouting(plan),
     ...families.flatMap((wanted) =>
-      UNDO_ORDER.filter((table) => ownChains(wanted, table).length > 0).flatMap((table) =>
-        undoTable(plan, wanted, table),
-      ),
+      UNDO_ORDER.map((table) => ({ family: wanted.family, table, chains: ownChains(wanted, table) }))
+        .filter(({ chains }) => chains.length > 0)
+        .flatMap((at) => undoTable(plan, at)),
     ),
     // A former generation was confirmed: it comes back with the texts that were rendered for it.
     'if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then',
-    ...([4, 6] as const)
-      .filter((family) => plan.backend !== undefined && plan.programs[family] !== undefined)
-      .map((family) => {
-        const text = `"$rules/confirmed/ipv${family}.rules"`;
-        return `  [ ! -e ${text} ] || ${restore(plan, family)} <${text} || failed=1`;
-      }),
+    '  [ ! -e "$rules/confirmed/load.sh" ] || sh "$rules/confirmed/load.sh" || failed=1',
     ...(plan.guard ? [] : [`  [ ! -e ${FORMER_NFT} ] || nft -f ${FORMER_NFT} || failed=1`]),
     '  [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1',
     "fi",
@@ -88,8 +83,73 @@ export function renderUndoScript(plan: CapturePlan): string {
   ].join("\n");
 }
 
+/** Chains of one table of one family. */
+export interface Chains {
+  readonly family: Family;
+  readonly table: Table;
+  readonly chains: readonly string[];
+}
+
+type Programs = Pick<CapturePlan, "backend" | "programs">;
+
+/**
+ * A shell script that takes chains, and the jumps to them, out of one backend: `sh -s DIRECTORY SECONDS`, the directory of
+ * the generation that made them.
+ */
+export function renderChainsOut(from: Programs, chains: readonly Chains[]): string {
+  return [
+    'here="$1"',
+    'wait="-w $2"',
+    "failed=0",
+    ...UNDO_ORDER.flatMap((table) => chains.filter((at) => at.table === table)).flatMap((at) =>
+      undoTable(from, at),
+    ),
+    "exit $failed",
+    "",
+  ].join("\n");
+}
+
+/**
+ * A shell script that puts the iptables rules of a plan back, with its own programs and whatever is left of them, each table
+ * in one transaction. undefined: it has none.
+ */
+export function renderLoadScript(plan: CapturePlan): string | undefined {
+  if (plan.backend === undefined) return undefined;
+  const tables = plan.families
+    .filter(({ family }) => plan.programs[family] !== undefined)
+    .flatMap((wanted) =>
+      // nat last, as in every apply.
+      UNDO_ORDER.toReversed()
+        .filter((table) => tableRules(wanted, table).length > 0)
+        .flatMap((table) => {
+          const lines = renderTable(wanted, table, [], { comments: true }).trimEnd().split("\n");
+          const head = lines.filter((line) => /^[*:]/.test(line));
+          const { family } = wanted;
+          return [
+            "text=$(",
+            ...head.map((line) => `  echo '${line}'`),
+            ...jumpsOut(plan, { family, table, chains: ownChains(wanted, table) }),
+            "  cat <<'END'",
+            ...lines.slice(head.length),
+            "END",
+            ")",
+            `printf '%s\\n' "$text" | ${restore(plan, family)} || failed=1`,
+          ];
+        }),
+    );
+  return [
+    "#!/bin/sh",
+    "# vmmesh: puts the iptables rules of this generation back. Needs no Node.",
+    "wait=-w",
+    "failed=0",
+    ...tables,
+    "exit $failed",
+    "",
+  ].join("\n");
+}
+
 /** Shell lines: `$wait` for every call of iptables-legacy; the first call shows whether its lock is to be had at all. */
-function takeLock({ backend, programs }: CapturePlan): string[] {
+function takeLock({ backend, programs }: Programs): string[] {
   if (backend !== "legacy") return [];
   return [
     'wait="-w $2"',
@@ -99,10 +159,10 @@ function takeLock({ backend, programs }: CapturePlan): string[] {
   ];
 }
 
-const waiting = ({ backend }: CapturePlan): string => (backend === "legacy" ? " $wait" : "");
+const waiting = ({ backend }: Programs): string => (backend === "legacy" ? " $wait" : "");
 
 /** Program and options that feed one text to the kernel, in the script. */
-function restore(plan: CapturePlan, family: Family): string {
+function restore(plan: Programs, family: Family): string {
   return `${plan.programs[family]}-restore --noflush${waiting(plan)}`;
 }
 
@@ -117,18 +177,24 @@ export function restoreCommand(
   return [`${plan.programs[family]}-restore`, "--noflush", ...(plan.backend === "legacy" ? ["-w", "5"] : [])];
 }
 
-function undoTable(plan: CapturePlan, wanted: FamilyPlan, table: Table): string[] {
-  const { family } = wanted;
-  const program = plan.programs[family];
-  const chains = ownChains(wanted, table);
+/** What is to be fed back so that the jumps to these chains go, one line for each that is there. */
+function jumpsOut(plan: Programs, { family, table, chains }: Chains): string[] {
   const toOurs = `s/^-A \\(.* -j \\(${chains.join("\\|")}\\)\\)$/-D \\1/p`;
+  return HOOKS.map(
+    (hook) => `  ${plan.programs[family]}${waiting(plan)} -t ${table} -S ${hook} | sed -n '${toOurs}'`,
+  );
+}
+
+function undoTable(plan: Programs, at: Chains): string[] {
+  const { family, table, chains } = at;
+  const program = plan.programs[family];
   const nftFamily = family === 4 ? "ip" : "ip6";
   return [
     // The whole text first: legacy's restore would hold the lock for which the listing within it waits.
     "text=$(",
     `  echo '*${table}'`,
     ...chains.map((chain) => `  echo ':${chain} - [0:0]'`),
-    ...HOOKS.map((hook) => `  ${program}${waiting(plan)} -t ${table} -S ${hook} | sed -n '${toOurs}'`),
+    ...jumpsOut(plan, at),
     ...chains.map((chain) => `  echo '-X ${chain}'`),
     "  echo COMMIT",
     ")",

@@ -13,6 +13,7 @@ export interface SidecarSettings {
   readonly excludeInterfaces?: readonly string[];
   readonly virtualInterfaces?: readonly string[];
   readonly dropInvalid?: string;
+  readonly backend?: string;
   readonly tproxyRouteTable?: string;
   readonly inboundExcludePorts?: readonly number[];
   readonly outboundCidrs?: readonly string[];
@@ -66,6 +67,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   INVALID_DROP: {
     setting: "dropInvalid",
     comment: "true: segments that conntrack calls invalid are dropped on captured ports.",
+  },
+  VMMESH_BACKEND: {
+    setting: "backend",
+    comment:
+      "Where the rules are: nft or legacy (which iptables), nftables (no iptables at all), or auto: the one that this machine uses. Unset: auto.",
   },
   ISTIO_INBOUND_INTERCEPTION_MODE: {
     setting: "interceptionMode",

@@ -84,6 +84,8 @@ export interface Workload {
   readonly virtualInterfaces: readonly string[];
   /** What conntrack calls invalid is dropped on captured ports. */
   readonly dropInvalid: boolean;
+  /** Which program's tables the rules are in; `auto`: the one that the machine uses. */
+  readonly backend: "auto" | "nft" | "legacy" | "nftables";
   /** How inbound connections reach Envoy; `routeTable` is used by TPROXY alone. */
   readonly interception: { readonly mode: "REDIRECT" | "TPROXY"; readonly routeTable: number };
   readonly inboundExcludePorts: readonly number[];

@@ -360,6 +360,15 @@ describe("parseProbe", () => {
 });
 
 describe("sidecar.env", () => {
+  test("the backend is the machine's own choice, and one of four words", () => {
+    expect(workload({ VMMESH_BACKEND: "legacy" }).backend).toBe("auto");
+    expect(workload({}, { VMMESH_BACKEND: "nftables" }).backend).toBe("nftables");
+    expect(failure(() => workload({}, { VMMESH_BACKEND: "iptables" }))).toMatchObject({
+      code: "CONFIG_MALFORMED",
+      message: "VMMESH_BACKEND in sidecar.env is `iptables`, not one of auto, nft, legacy, nftables",
+    });
+  });
+
   test("what is written is what the agent reads", () => {
     const text = renderSidecarEnv({
       ip: "10.0.0.9",

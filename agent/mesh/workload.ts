@@ -81,6 +81,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     inbound:
       inbound.trim() === "*" ? { kind: "all" } : { kind: "ports", ports: env.ports("ISTIO_INBOUND_PORTS") },
     interception,
+    backend: backendOf(sidecarEnv),
     excludeInterfaces: items(env.get("ISTIO_EXCLUDE_INTERFACES")),
     virtualInterfaces: items(env.get("KUBE_VIRT_INTERFACES")),
     dropInvalid: isTrue(env.get("INVALID_DROP") || env.get("DROP_INVALID")),
@@ -161,6 +162,17 @@ function interceptionOf(env: Env, meta: Readonly<Record<string, string>>): Workl
   if (!Number.isInteger(routeTable) || routeTable < 1 || routeTable > 252)
     throw malformed(tables, env.file(tables), `is \`${env.get(tables)}\`, not a table between 1 and 252`);
   return { mode, routeTable };
+}
+
+const BACKENDS: readonly Workload["backend"][] = ["auto", "nft", "legacy", "nftables"];
+
+/** The machine's alone. @throws {VmmeshError} CONFIG_MALFORMED for a word that is none */
+function backendOf(sidecarEnv: ReadonlyMap<string, string>): Workload["backend"] {
+  const named = sidecarEnv.get("VMMESH_BACKEND") || "auto";
+  const backend = BACKENDS.find((it) => it === named);
+  if (backend === undefined)
+    throw malformed("VMMESH_BACKEND", "sidecar.env", `is \`${named}\`, not one of ${BACKENDS.join(", ")}`);
+  return backend;
 }
 
 /** SECRET_TTL, as Istio's agent reads it. @throws {VmmeshError} CONFIG_MALFORMED if it is no duration of a minute or more */

@@ -39,6 +39,8 @@ export interface StatusSnapshot {
     readonly inbound: string;
     readonly outbound: string;
     readonly repairs: number;
+    /** Whose tables the rules are in, and why there. */
+    readonly backend?: string;
     /** What the fence refused, and let past Envoy as the failure policy allows. */
     readonly counts?: Readonly<
       Record<"refused" | "bypassed", { readonly inbound: number; readonly outbound: number }>
@@ -161,6 +163,7 @@ export function renderStatus(
       : "not in force",
     capture.inForce ? "good" : "bad",
   );
+  if (capture.inForce && capture.backend !== undefined) row("", `by ${capture.backend}`);
   if (capture.failurePolicy !== undefined && capture.failurePolicy.length > 0)
     row("", `without Envoy: ${capture.failurePolicy.join(", ")}`);
   const { refused, bypassed } = capture.counts ?? NOT_COUNTED;

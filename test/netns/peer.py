@@ -1,8 +1,9 @@
-"""The processes of the network tests (UID stands for UID[:GID]): `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`."""
+"""The processes of the network tests (UID stands for UID[:GID]): `serve UID JSON`, `dial UID ADDRESS PORT`, `ask UID ADDRESS PORT`, `retry UID ADDRESS PORT`, `hold UID ADDRESS PORT`, `loop UID ADDRESS PORT`."""
 import contextlib
 import ctypes
 import json
 import os
+import select
 import socket
 import sys
 import threading
@@ -118,18 +119,32 @@ def serve(wish):
     threading.Event().wait()
 
 
-def dial(address, port):
+def meet(address, port):
     try:
         with socket.create_connection((address, port), 2) as sock:
-            print(sock.recv(64).decode().strip() or "closed")
+            return sock.recv(64).decode().strip() or "closed"
     except ConnectionRefusedError:
-        print("refused")
+        return "refused"
     except ConnectionResetError:
-        print("reset")
+        return "reset"
     except TimeoutError:
-        print("timeout")
+        return "timeout"
     except OSError as error:
-        print(error.strerror)
+        return error.strerror
+
+
+def dial(address, port):
+    print(meet(address, port))
+
+
+def loop(address, port):
+    """Connections one after the other until standard input ends; how often each listener was met."""
+    print("looping", flush=True)
+    met = {}
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        name = meet(address, port)
+        met[name] = met.get(name, 0) + 1
+    print(json.dumps(met), flush=True)
 
 
 def ask(address, port):
@@ -199,4 +214,4 @@ if sys.argv[1] == "serve" and json.loads(sys.argv[3]).get("relay"):
 if sys.argv[1] == "serve":
     serve(json.loads(sys.argv[3]))
 else:
-    {"dial": dial, "ask": ask, "hold": hold, "retry": retry}[sys.argv[1]](sys.argv[3], int(sys.argv[4]))
+    {"dial": dial, "ask": ask, "hold": hold, "loop": loop, "retry": retry}[sys.argv[1]](sys.argv[3], int(sys.argv[4]))

@@ -1,8 +1,9 @@
 import { describe, expect, test } from "vitest";
+import type { BackendEvidence } from "../backend.ts";
 import { type ParsedRule, parseListeners, parseRule, parseRules, parseSave } from "../parse.ts";
 import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
-import type { BackendEvidence, SeenTable } from "../read.ts";
+import type { SeenTable } from "../read.ts";
 import { renderRule, tableRules } from "../render.ts";
 import { isHook } from "../rules.ts";
 import { judge } from "./audit.ts";

@@ -1,8 +1,8 @@
 import { expect, test } from "vitest";
+import { evidenceOf } from "../backend.ts";
 import { parseBaseChains, parseListeners, parseSave } from "../parse.ts";
 import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
-import { evidenceOf } from "../read.ts";
 import { renderTable, TABLES } from "../render.ts";
 import { judge } from "./audit.ts";
 import type { Evidence, Surroundings } from "./evidence.ts";

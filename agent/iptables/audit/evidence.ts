@@ -1,7 +1,8 @@
 import type { GenerationFile } from "../apply.ts";
+import type { BackendEvidence } from "../backend.ts";
 import type { BaseChain, ListeningSocket, ParsedRule, ParsedTable } from "../parse.ts";
 import type { Backend } from "../plan/wish.ts";
-import type { BackendEvidence, SeenTable } from "../read.ts";
+import type { SeenTable } from "../read.ts";
 import type { Family } from "../rules.ts";
 
 /** What one `ip[6]tables-BACKEND-save` printed. */

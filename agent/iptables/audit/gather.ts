@@ -1,10 +1,10 @@
 import { VmmeshError } from "../../core/errors.ts";
 import { readState } from "../apply.ts";
+import { type BackendEvidence, evidenceOf } from "../backend.ts";
+import { lackOf } from "../lack.ts";
 import { type ParsedTable, parseBaseChains, parseListeners, parseRule } from "../parse.ts";
 import type { CapturePlan } from "../plan.ts";
 import {
-  type BackendEvidence,
-  evidenceOf,
   legacyTables,
   listNftTable,
   type Reads,
@@ -221,7 +221,8 @@ async function refusalOf(host: Reads, plan: CapturePlan): Promise<string | undef
     if (text === undefined) continue;
     const [program, ...args] = restoreCommand(plan, family);
     const result = await host.run({ argv: [program, "--test", ...args], input: text });
-    if (result.code !== 0) return result.stderr.trim().split("\n")[0];
+    const lack = lackOf(result.stderr)?.sentence;
+    if (result.code !== 0 || lack !== undefined) return lack ?? result.stderr.trim().split("\n")[0];
   }
   const nft = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
   if (nft === "") return undefined;

@@ -1,8 +1,21 @@
+import { oursIn } from "../elsewhere.ts";
 import type { Evidence } from "./evidence.ts";
-import { type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
+import { APPLY, type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
 
 /** Nobody can say whose an empty chain was; it captures nothing. */
 const isEmptyChain = (line: string): boolean => line.includes("empty chain");
+
+/** Rules of ours in a backend in which they were not applied. */
+function elsewhere({ confirmed, saves }: Evidence): string[] {
+  if (confirmed === undefined) return [];
+  return saves
+    .filter(({ backend }) => backend !== confirmed.plan.backend)
+    .flatMap(({ backend, family, tables }) =>
+      oursIn(tables, family).flatMap(({ table, lines }) =>
+        lines.map((line) => `iptables-${backend}, ${table} (IPv${family}): ${line}`),
+      ),
+    );
+}
 
 /** What can be wrong whether or not this machine is joined. */
 export function residueFindings(evidence: Evidence): Finding[] {
@@ -33,7 +46,17 @@ export function residueFindings(evidence: Evidence): Finding[] {
         "vmmesh iptables clean --leftovers",
       ),
     ),
-    ...(nft.natRules > 0 && legacy.natRules > 0
+    ...when(elsewhere(evidence), (lines) =>
+      finding(
+        "FW013",
+        "high",
+        "rules of vmmesh are in two backends of iptables, and both are in force",
+        lines,
+        "Apply again: what is in the wrong one is taken out.",
+        APPLY,
+      ),
+    ),
+    ...(nft.natRules > 0 && legacy.natRules > 0 && elsewhere(evidence).length === 0
       ? [
           finding(
             "FW013",

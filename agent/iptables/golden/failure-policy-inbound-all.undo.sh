@@ -79,8 +79,7 @@ if [ -e "$here/made.ip.raw" ] && ! iptables-nft-save -t raw | grep -q '^-A\|^:[^
   nft delete table ip raw
 fi
 if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
-  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-nft-restore --noflush <"$rules/confirmed/ipv4.rules" || failed=1
-  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-nft-restore --noflush <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/load.sh" ] || sh "$rules/confirmed/load.sh" || failed=1
   [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1
 fi
 exit $failed

@@ -105,8 +105,7 @@ text=$(
 )
 printf '%s\n' "$text" | ip6tables-legacy-restore --noflush $wait || failed=1
 if [ "$mode" != now ] && [ -e "$rules/confirmed" ]; then
-  [ ! -e "$rules/confirmed/ipv4.rules" ] || iptables-legacy-restore --noflush $wait <"$rules/confirmed/ipv4.rules" || failed=1
-  [ ! -e "$rules/confirmed/ipv6.rules" ] || ip6tables-legacy-restore --noflush $wait <"$rules/confirmed/ipv6.rules" || failed=1
+  [ ! -e "$rules/confirmed/load.sh" ] || sh "$rules/confirmed/load.sh" || failed=1
   [ ! -e "$rules/confirmed/boot.nft" ] || nft -f "$rules/confirmed/boot.nft" || failed=1
   [ ! -e "$rules/confirmed/routing.sh" ] || sh "$rules/confirmed/routing.sh" || failed=1
 fi

@@ -1,16 +1,20 @@
 import type { CapturePlan } from "../plan.ts";
 import type { FenceRule, Match, Rule } from "../rules.ts";
 
+/** Which programs' tables the rules are in, and why there. */
+export function backendWords(plan: CapturePlan): string {
+  const programs = plan.families.flatMap(({ family }) => plan.programs[family] ?? []);
+  return `${plan.backend === undefined ? "nftables, in tables of its own" : programs.join(" and ")} (${plan.backendWhy})`;
+}
+
 /** For `vmmesh iptables plan`: what is captured, what is let through and why, what happens when something dies. */
 export function describePlan(plan: CapturePlan): string {
   const lines: string[] = [];
-  const programs = plan.families
-    .map(({ family }) => plan.programs[family])
-    .filter((program) => program !== undefined);
   lines.push(
+    `Capture by ${backendWords(plan)}.`,
     plan.backend === undefined
-      ? "Capture by the nft guard tables `ip vmmesh` and `ip6 vmmesh` alone."
-      : `Capture by ${programs.join(" and ")} (chains ISTIO_*, first in OUTPUT, ahead of KUBE-SERVICES).`,
+      ? "The tables `ip vmmesh` and `ip6 vmmesh` capture alone."
+      : "Chains ISTIO_*, first in OUTPUT, ahead of KUBE-SERVICES.",
   );
   if (plan.guard && plan.backend !== undefined)
     lines.push("Guard: the same rules as an nft nat chain at priority -120, ahead of every other program's.");

@@ -78,10 +78,15 @@ export const DEFAULT_ROUTE_TABLE = 133;
 /** Which iptables program writes into which tables of the kernel. */
 export type Backend = "nft" | "legacy";
 
+/** What an operator may ask for: `auto` is the one that the machine really uses, `nftables` tables of our own alone. */
+export type BackendWish = "auto" | Backend | "nftables";
+
 /** What was read from this machine (`readMachine`) and decides how the wish becomes rules. */
 export interface MachineFacts {
-  /** undefined: there is no usable iptables, the guard does it alone. */
+  /** undefined: there is no usable iptables, or it is not wanted; the guard does it alone. */
   readonly backend: Backend | undefined;
+  /** Somebody has asked for it. */
+  readonly backendAsked?: boolean;
   readonly backendWhy: string;
   /** Program names, e.g. `iptables-nft`; `6` is undefined where there is no ip6tables. */
   readonly programs: Readonly<Record<Family, string | undefined>>;
