@@ -283,6 +283,12 @@ export const COMMANDS: readonly CommandSpec[] = [
           "where the rules are: the iptables of one kind, or nftables without any iptables (default: auto, the one that this machine uses)",
       },
       {
+        name: "rule-comments",
+        type: "string",
+        choices: ["on", "off"],
+        describe: "whether each rule carries its reason as a netfilter comment (default: on)",
+      },
+      {
         name: "interception-mode",
         type: "string",
         choices: ["redirect", "tproxy"],
@@ -372,12 +378,6 @@ export const COMMANDS: readonly CommandSpec[] = [
         describe: "a directory (made) or a file NAME.json to write; it holds a token: 0600",
       },
       { name: "ip", type: "string", value: "A", describe: "address of the machine that will join" },
-      {
-        name: "one-time",
-        type: "boolean",
-        describe:
-          "bind the token to a Secret made for it (needs the right to create secrets): whoever deletes that, once the machine has joined, ends the token",
-      },
       OUTPUT,
     ],
     examples: [

@@ -5,7 +5,7 @@ import { writeCaptureState } from "../daemon/captureState.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { repairCapture } from "../daemon/repair.ts";
 import { readWorkload } from "../daemon/workloadFiles.ts";
-import { removeCapture } from "../iptables/apply.ts";
+import { readState, removeCapture } from "../iptables/apply.ts";
 import { auditCapture } from "../iptables/audit/audit.ts";
 import { auditExitCode, type Finding } from "../iptables/audit/finding.ts";
 import { findLeftovers, removeLeftovers } from "../iptables/leftovers.ts";
@@ -37,7 +37,7 @@ export async function plan(options: Options): Promise<number> {
   const { host, paths } = openContext(options);
   const workload = await readWorkload(host, paths);
   const planned = await planFor(host, workload, await readOwners(host, paths.root === "/"));
-  const rendered = renderPlan(planned, { comments: true });
+  const rendered = renderPlan(planned);
   const live = preview(planned, await readLive(host));
   if (wantsJson(options)) print({ plan: planned, live });
   else if (flag(options, "rules"))
@@ -120,8 +120,17 @@ export async function clean(options: Options): Promise<number> {
 }
 
 async function cleanLeftovers(options: Options, context: Context): Promise<number> {
-  const { host } = context;
+  const { host, paths } = context;
   await using _lock = await takeLock(context);
+  if ((await readState(host.files, paths.rules, "confirmed"))?.state.plan.comments === false) {
+    throw new VmmeshError(
+      "USAGE",
+      "without comments nothing tells our rules from those of Istio's own tools",
+      {
+        next: "Set VMMESH_RULE_COMMENTS=true in sidecar.env, run `vmmesh iptables apply`, then this command again.",
+      },
+    );
+  }
   const leftovers = await findLeftovers(host);
   const dry = flag(options, "dry-run");
   const { foreignUnchanged } = dry ? { foreignUnchanged: true } : await removeLeftovers(host, leftovers);

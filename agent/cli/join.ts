@@ -345,6 +345,7 @@ async function render(
     excludeInterfaces: list(options, "exclude-interface"),
     virtualInterfaces: list(options, "virtual-interface"),
     ...(flag(options, "drop-invalid") ? { dropInvalid: "true" } : {}),
+    ...(text(options, "rule-comments") === "off" ? { ruleComments: "false" } : {}),
     ...(mode === undefined ? {} : { interceptionMode: mode.toUpperCase() }),
     ...(backend === undefined ? {} : { backend }),
     inboundExcludePorts: ports(options, "exclude-inbound-port"),

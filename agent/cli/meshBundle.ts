@@ -26,13 +26,7 @@ export interface FromCluster {
 export async function bundleFromCluster(
   { host }: Context,
   options: Options,
-  given: {
-    readonly hostname: string;
-    readonly ip: string | undefined;
-    readonly rehearse: boolean;
-    /** Name of a Secret to make: the token dies with it. */
-    readonly bindTokenTo?: string;
-  },
+  given: { readonly hostname: string; readonly ip: string | undefined; readonly rehearse: boolean },
 ): Promise<FromCluster> {
   const namespace = text(options, "namespace");
   if (namespace === undefined) {
@@ -86,7 +80,6 @@ export async function bundleFromCluster(
   const bundle = await makeBundle(client, {
     ...readRequest(group),
     tokenSeconds: number(options, "token-duration"),
-    ...(given.bindTokenTo === undefined ? {} : { bindTokenTo: given.bindTokenTo }),
   });
   return { bundle, choices: [...planned.choices, ...bundle.choices], deeds };
 }

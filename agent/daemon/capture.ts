@@ -30,6 +30,7 @@ export function policyScope(
   | "excludeInterfaces"
   | "virtualInterfaces"
   | "dropInvalid"
+  | "ruleComments"
   | "failurePolicy"
 > {
   return {
@@ -49,6 +50,7 @@ export function policyScope(
     excludeInterfaces: workload.excludeInterfaces,
     virtualInterfaces: workload.virtualInterfaces,
     dropInvalid: workload.dropInvalid,
+    ruleComments: workload.ruleComments,
     interception:
       workload.interception.mode === "TPROXY"
         ? { mode: "TPROXY", routeTable: workload.interception.routeTable }

@@ -45,7 +45,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
           credentialExec: workload.credentialExec,
           runAs: owners.agent,
         },
-        { ca, spiffe, ttlMs: workload.certificateTtlMs, keyKind: workload.keyKind },
+        { ca, spiffe, ttlMs: workload.certificateTtlMs },
         undefined,
         signal,
       );
@@ -91,7 +91,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
       }
       const checks = await passing(await connectivityChecks(host, paths), signal);
       await addDropIns(host, plan, paths.rules);
-      const trial = await applyPlan(host, renderPlan(plan, { comments: true }), {
+      const trial = await applyPlan(host, renderPlan(plan), {
         confirmWithinMs,
         rulesDir: paths.rules,
         unit,

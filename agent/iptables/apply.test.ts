@@ -55,7 +55,7 @@ const writes = (ran: readonly string[]): string[] => ran.filter((line) => !/ -S 
 describe("applyPlan", () => {
   test("tests both families, arms the timer, and only then writes", async () => {
     const { host, ran } = machine();
-    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE), { comments: true }), OPTIONS);
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     expect(writes(ran)).toEqual([
       "iptables-nft-restore --test --noflush",
       "ip6tables-nft-restore --test --noflush",
@@ -96,7 +96,7 @@ describe("applyPlan", () => {
     },
   ])("$name", async ({ refuse, code, undone }) => {
     const { host, ran } = machine((argv) => argv.join(" ").startsWith(refuse));
-    const rendered = renderPlan(planCapture(WISH, MACHINE), { comments: true });
+    const rendered = renderPlan(planCapture(WISH, MACHINE));
     await expect(applyPlan(host, rendered, OPTIONS)).rejects.toMatchObject({ code });
     expect(ran.some((line) => line.startsWith("sh /rules/gen-00000000/undo.sh trial"))).toBe(undone);
     if (!undone) expect(writes(ran).every((line) => / --(test|check)\b/.test(line))).toBe(true);
@@ -115,7 +115,7 @@ test("what the kernel lacks ends an apply before anything is changed, though the
         : result;
     },
   };
-  const rendered = renderPlan(planCapture(WISH, MACHINE), { comments: true });
+  const rendered = renderPlan(planCapture(WISH, MACHINE));
   await expect(applyPlan(warns, rendered, OPTIONS)).rejects.toMatchObject({
     code: "RULES_REJECTED",
     message: "this kernel has no `owner`, which the rules need",
@@ -197,7 +197,7 @@ test("a plan covers another if it writes all of its chains", () => {
 });
 
 describe("a trial whose owner was killed", () => {
-  const rendered = () => renderPlan(planCapture(WISH, MACHINE), { comments: true });
+  const rendered = () => renderPlan(planCapture(WISH, MACHINE));
 
   test("is taken back by the next join, with its timer, and the next trial begins", async () => {
     const { host, ran, files } = machine();
@@ -225,7 +225,7 @@ describe("a trial whose owner was killed", () => {
 describe("taking the rules out", () => {
   const confirmed = async () => {
     const { host, ran, files } = machine();
-    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE), { comments: true }), OPTIONS);
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     await files.swapLink("/rules/confirmed", "gen-00000000");
     await files.remove("/rules/trial");
     ran.length = 0;

@@ -17,7 +17,7 @@ import {
   tryRun,
 } from "./read.ts";
 import { refusal, refused } from "./refusal.ts";
-import { type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
+import { commentsOf, type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
 import { refuseSharedRouting, undoRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
 import {
@@ -76,7 +76,6 @@ const PRIVATE = { mode: 0o600 } as const;
 const LOCK_SECONDS = "10";
 /** Another program may change the rules between our look and our restore; then the kernel refuses our `-D` and we look again. */
 const ATTEMPTS = 3;
-const COMMENTS = { comments: true } as const;
 
 /**
  * Puts a plan into force for `confirmWithinMs`. Everything is tested first and the rollback is armed before the first rule
@@ -115,7 +114,7 @@ export async function applyPlan(
   try {
     // The kernel lets each test wait for its readers, one after the other: all that changes nothing is done meanwhile.
     [before] = await together([
-      readOwn(host, plan),
+      readOwn(host, plan, rulesDir),
       test(host, rendered),
       refuseSharedRouting(host, plan),
       writeGeneration(host, here, rendered, state),
@@ -180,9 +179,13 @@ async function together<T extends readonly Promise<unknown>[]>(
  *
  * @throws {VmmeshError} RULES_REJECTED if there are chains of Istio's names that are not ours
  */
-async function readOwn(host: Applies, plan: CapturePlan): Promise<SeenTable[]> {
-  const seen = await readTables(host, plan);
-  const [foreign] = foreignIstio(seen);
+async function readOwn(host: Applies, plan: CapturePlan, rulesDir: string): Promise<SeenTable[]> {
+  const [seen, confirmed] = await Promise.all([
+    readTables(host, plan),
+    readState(host.files, rulesDir, "confirmed"),
+  ]);
+  const recorded = (confirmed?.state.printed ?? []).flatMap(({ own }) => own);
+  const [foreign] = foreignIstio(seen, new Set(recorded));
   if (foreign === undefined) return seen;
   throw new VmmeshError(
     "RULES_REJECTED",
@@ -421,7 +424,7 @@ async function applyFamily(
   for (let attempt = 1; ; attempt += 1) {
     const jumps = now.filter((table) => table.family === family).flatMap((table) => table.jumps);
     const text = TABLES.filter((table) => tables.includes(table))
-      .map((table) => renderTable(wanted, table, jumps, COMMENTS))
+      .map((table) => renderTable(wanted, table, jumps, commentsOf(plan)))
       .join("");
     const result = await host.run({ argv, input: text });
     if (result.code === 0) return;
@@ -636,7 +639,7 @@ async function mendNft(host: Applies, here: string, { plan, nft }: GenerationFil
     if (plan.units !== undefined) await refreshUnits(host, here);
     return [];
   }
-  const { guard, fence, scope } = renderPlan(plan, COMMENTS);
+  const { guard, fence, scope } = renderPlan(plan);
   const isFence = ({ name }: { name: string }): boolean => name.endsWith("-fence");
   await applyNft(
     host,
@@ -769,11 +772,12 @@ async function readableState(...args: Parameters<typeof readState>): ReturnType<
   }
 }
 
-/** Its plans, for each kind of inbound capture, have every chain, in both families: for finding what is ours when the record is lost. */
+/** Its plans, for REDIRECT and TPROXY, have every chain, in both families: for finding what is ours when the record is lost. */
 const EVERYTHING: CaptureWish = {
   agentUid: 1,
   envoyUid: 1,
-  inbound: { kind: "all", excludePorts: [] },
+  // Not all of them: those the guard captures alone.
+  inbound: { kind: "ports", ports: [9] },
   sshPorts: [],
   outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
   meshCidrs: ["192.0.2.0/24"],
@@ -788,17 +792,16 @@ const EVERYTHING: CaptureWish = {
 async function removeUnrecorded(host: Applies): Promise<boolean> {
   const machine = await readMachine(host);
   if (machine.backend === undefined && !machine.nft) return false;
-  const tproxy = { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } as const;
-  const plans = ([EVERYTHING.inbound, { kind: "ports", ports: [1] }] as const).flatMap((inbound) =>
-    ([{ mode: "REDIRECT" }, tproxy] as const).map((interception) =>
-      planCapture({ ...EVERYTHING, inbound, interception }, machine),
-    ),
+  const redirect = planCapture(EVERYTHING, machine);
+  const tproxy = planCapture(
+    { ...EVERYTHING, interception: { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } },
+    machine,
   );
   const plan: CapturePlan = {
-    ...planCapture({ ...EVERYTHING, interception: tproxy }, machine),
-    families: ([4, 6] as const).map((family) => ({
+    ...tproxy,
+    families: tproxy.families.map(({ family, rules }, index) => ({
       family,
-      rules: plans.flatMap(({ families }) => families.find((it) => it.family === family)?.rules ?? []),
+      rules: [...rules, ...(redirect.families[index]?.rules ?? [])],
     })),
   };
   const seen = await readTables(host, plan);

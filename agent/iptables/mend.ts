@@ -1,6 +1,6 @@
 import { DIVERTING, HARMLESS, KNOWN_DIVERTERS, ownerOfChain, parseRule } from "./parse.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
-import { ownChains, type RenderedPlan, renderTable, tableRules } from "./render.ts";
+import { commentsOf, ownChains, type RenderedPlan, renderTable, tableRules } from "./render.ts";
 import { HOOKS } from "./rules.ts";
 import { nftTables, restoreCommand } from "./undo.ts";
 
@@ -136,7 +136,7 @@ function targets(names: Iterable<string>): string {
 function natPart(plan: CapturePlan, wanted: FamilyPlan): string[] {
   const hooks = HOOKS.filter((hook) => tableRules(wanted, "nat").some((rule) => rule.chain === hook));
   const program = plan.programs[wanted.family];
-  const text = renderTable(wanted, "nat", [], { comments: true }).trimEnd().split("\n");
+  const text = renderTable(wanted, "nat", [], commentsOf(plan)).trimEnd().split("\n");
   const head = text.filter((line) => /^[*:]/.test(line));
   return [
     "out= why=",

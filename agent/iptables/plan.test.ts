@@ -106,7 +106,7 @@ describe("rendered texts, as a person reviews them and the kernel gets them", ()
       machine: MODERN,
     },
   ] as const)("$name", async ({ name, wish, machine }) => {
-    const rendered = renderPlan(planCapture(wish, machine), { comments: true });
+    const rendered = renderPlan(planCapture(wish, machine));
     const parts = {
       "ipv4.rules": rendered.ipv4,
       "ipv6.rules": rendered.ipv6,
@@ -138,7 +138,7 @@ describe("what a machine cannot have", () => {
       backendWhy: "there is no iptables that can be used",
       programs: { 4: undefined, 6: undefined },
     });
-    const rendered = renderPlan(plan, { comments: true });
+    const rendered = renderPlan(plan);
     expect(rendered).toMatchObject({ ipv4: undefined, ipv6: undefined });
     expect(rendered.guard).toContain("table ip vmmesh");
     expect(describePlan(plan)).toContain(
@@ -248,7 +248,7 @@ describe("systemd units", () => {
   };
 
   test("the guard captures alone, from sets that its script fills", async () => {
-    const rendered = renderPlan(planCapture(wish, MODERN), { comments: true });
+    const rendered = renderPlan(planCapture(wish, MODERN));
     expect(rendered).toMatchObject({ ipv4: undefined, ipv6: undefined, held: undefined });
     await expect(rendered.guard).toMatchFileSnapshot("./golden/units.guard.nft");
     await expect(rendered.fence).toMatchFileSnapshot("./golden/units.fence.nft");

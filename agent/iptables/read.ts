@@ -309,11 +309,18 @@ async function divertingOwner(
   return false;
 }
 
-/** Rules in chains of our names that do not carry our comment: somebody else's istio-iptables. */
-export function foreignIstio(seen: readonly SeenTable[]): string[] {
+/**
+ * Rules in chains of our names that do not carry our comment: somebody else's istio-iptables.
+ *
+ * @param recorded of a generation of ours, as printed: ours without a comment
+ */
+export function foreignIstio(
+  seen: readonly SeenTable[],
+  recorded: ReadonlySet<string> = new Set(),
+): string[] {
   return seen.flatMap((table) =>
     table.own
-      .filter((line) => !line.includes(`"${COMMENT_PREFIX}`))
+      .filter((line) => !line.includes(`"${COMMENT_PREFIX}`) && !recorded.has(line))
       .map((line) => `${table.table} (IPv${table.family}): ${line}`),
   );
 }

@@ -41,8 +41,14 @@ export interface SeenJump {
   readonly line: string;
 }
 
-/** @param options.comments false leaves the reasons out (for kernels without the comment match) */
-export function renderPlan(plan: CapturePlan, options: { comments: boolean }): RenderedPlan {
+/** Whether the rules of a plan carry their reasons. */
+export const commentsOf = ({ comments }: Pick<CapturePlan, "comments">): { comments: boolean } => ({
+  comments: comments !== false,
+});
+
+export function renderPlan(plan: CapturePlan): RenderedPlan {
+  const options = commentsOf(plan);
+  const nft = (parts: string): string => (options.comments ? parts : parts.replace(/ comment "[^"]*"/g, ""));
   const text = (family: Family): string | undefined => {
     const wanted = plan.families.find((it) => it.family === family);
     return wanted === undefined || plan.backend === undefined || plan.programs[family] === undefined
@@ -53,11 +59,11 @@ export function renderPlan(plan: CapturePlan, options: { comments: boolean }): R
     plan,
     ipv4: text(4),
     ipv6: text(6),
-    guard: plan.guard ? plan.families.map((family) => renderGuard(family)).join("") : undefined,
-    fence: plan.fence.length > 0 ? renderFence(plan.fence) : undefined,
+    guard: plan.guard ? nft(plan.families.map((family) => renderGuard(family)).join("")) : undefined,
+    fence: plan.fence.length > 0 ? nft(renderFence(plan.fence)) : undefined,
     routing: renderRouting(plan),
     // Nobody but its owner could tell the held fence of a unit's new cgroup.
-    held: plan.fence.length > 0 && plan.units === undefined ? renderHeld(plan.fence) : undefined,
+    held: plan.fence.length > 0 && plan.units === undefined ? nft(renderHeld(plan.fence)) : undefined,
     scope: renderScope(plan),
     undo: renderUndoScript(plan),
   };

@@ -1,6 +1,6 @@
 import { FENCE_TABLE, guardTable } from "./nft.ts";
 import type { CapturePlan } from "./plan.ts";
-import { ownChains, renderTable, tableRules } from "./render.ts";
+import { commentsOf, ownChains, renderTable, tableRules } from "./render.ts";
 import { undoRouting } from "./routing.ts";
 import { type Family, HOOKS, PASSTHROUGH, type Table } from "./rules.ts";
 
@@ -122,7 +122,7 @@ export function renderLoadScript(plan: CapturePlan): string | undefined {
       UNDO_ORDER.toReversed()
         .filter((table) => tableRules(wanted, table).length > 0)
         .flatMap((table) => {
-          const lines = renderTable(wanted, table, [], { comments: true }).trimEnd().split("\n");
+          const lines = renderTable(wanted, table, [], commentsOf(plan)).trimEnd().split("\n");
           const head = lines.filter((line) => /^[*:]/.test(line));
           const { family } = wanted;
           return [

@@ -14,6 +14,7 @@ export interface SidecarSettings {
   readonly virtualInterfaces?: readonly string[];
   readonly dropInvalid?: string;
   readonly backend?: string;
+  readonly ruleComments?: string;
   readonly tproxyRouteTable?: string;
   readonly inboundExcludePorts?: readonly number[];
   readonly outboundCidrs?: readonly string[];
@@ -30,7 +31,6 @@ export interface SidecarSettings {
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
-  readonly keyKind?: string;
   readonly credentialExec?: string;
 }
 
@@ -73,6 +73,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
     setting: "backend",
     comment:
       "Where the rules are: nft or legacy (which iptables), nftables (no iptables at all), or auto: the one that this machine uses. Unset: auto.",
+  },
+  VMMESH_RULE_COMMENTS: {
+    setting: "ruleComments",
+    comment:
+      "false: the rules carry no reasons, e.g. where the kernel lacks the comment match. Unset: they do.",
   },
   ISTIO_INBOUND_INTERCEPTION_MODE: {
     setting: "interceptionMode",
@@ -151,11 +156,6 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   SECRET_TTL: {
     setting: "certificateTtl",
     comment: "Lifetime of the certificate to ask for, a minute or more. Unset: 24h.",
-  },
-  VMMESH_KEY_KIND: {
-    setting: "keyKind",
-    comment:
-      "Key of the certificate: ecdsa-p256, or rsa-2048 for peers or a CA that need it. Unset: ecdsa-p256.",
   },
   VMMESH_CREDENTIAL_EXEC: {
     setting: "credentialExec",

@@ -86,6 +86,8 @@ export interface Workload {
   readonly dropInvalid: boolean;
   /** Which program's tables the rules are in; `auto`: the one that the machine uses. */
   readonly backend: "auto" | "nft" | "legacy" | "nftables";
+  /** Whether rules carry their reasons. */
+  readonly ruleComments: boolean;
   /** How inbound connections reach Envoy; `routeTable` is used by TPROXY alone. */
   readonly interception: { readonly mode: "REDIRECT" | "TPROXY"; readonly routeTable: number };
   readonly inboundExcludePorts: readonly number[];
@@ -111,8 +113,6 @@ export interface Workload {
   readonly appMetrics: string | undefined;
   /** Lifetime to ask the CA for, in milliseconds; istiod may grant less. */
   readonly certificateTtlMs: number;
-  /** Of the key that is made for each certificate. */
-  readonly keyKind: "ecdsa-p256" | "rsa-2048";
   /** Absolute path of the program that prints a token when certificate and token file do not help; undefined: there is none. */
   readonly credentialExec: string | undefined;
   /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */

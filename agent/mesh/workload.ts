@@ -84,6 +84,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     backend: backendOf(sidecarEnv),
     excludeInterfaces: items(env.get("ISTIO_EXCLUDE_INTERFACES")),
     virtualInterfaces: items(env.get("KUBE_VIRT_INTERFACES")),
+    ruleComments: (env.get("VMMESH_RULE_COMMENTS") ?? "").trim().toLowerCase() !== "false",
     dropInvalid: isTrue(env.get("INVALID_DROP") || env.get("DROP_INVALID")),
     inboundExcludePorts: ascending([
       ...NEVER_CAPTURED_INBOUND,
@@ -125,7 +126,6 @@ export function workloadOf(input: WorkloadInput): Workload {
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
     appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
     certificateTtlMs: certificateTtlOf(env),
-    keyKind: keyKindOf(sidecarEnv.get("VMMESH_KEY_KIND")),
     credentialExec: credentialExecOf(sidecarEnv.get("VMMESH_CREDENTIAL_EXEC")),
     // istiod makes the inbound listener by this word; without it it is not transparent.
     meta:
@@ -189,13 +189,6 @@ function certificateTtlOf(env: Env): number {
     );
   }
   return ms;
-}
-
-/** @throws {VmmeshError} CONFIG_MALFORMED for another word */
-function keyKindOf(text: string | undefined): Workload["keyKind"] {
-  const kind = text || "ecdsa-p256";
-  if (kind === "ecdsa-p256" || kind === "rsa-2048") return kind;
-  throw malformed("VMMESH_KEY_KIND", "sidecar.env", `is \`${kind}\`, neither ecdsa-p256 nor rsa-2048`);
 }
 
 /** The machine's own file alone says it: the mesh does not say what a machine runs. */

@@ -8,7 +8,7 @@ import { WISH } from "./lab.ts";
 /** A join that is killed in its trial: applies, says so, and waits for its end. Arguments: rulesDir, milliseconds. */
 const [rulesDir = "", confirmWithinMs] = process.argv.slice(2);
 const host = linuxHost();
-await applyPlan(host, renderPlan(planCapture(WISH, await readMachine(host)), { comments: true }), {
+await applyPlan(host, renderPlan(planCapture(WISH, await readMachine(host))), {
   confirmWithinMs: Number(confirmWithinMs),
   rulesDir,
   unit: "detached",

@@ -44,7 +44,7 @@ const wish = { ...WISH, dns: { servers: [resolver] } };
 for await (const _ of createInterface({ input: process.stdin })) {
   writes.length = 0;
   const began = clock.monotonicMs();
-  const rendered = renderPlan(planCapture(wish, await readMachine(host)), { comments: true });
+  const rendered = renderPlan(planCapture(wish, await readMachine(host)));
   const trial = await applyPlan(host, rendered, { confirmWithinMs: 60_000, rulesDir, unit: "detached" });
   const times: ApplyTimes = {
     inForceMs:

@@ -105,7 +105,7 @@ describe("another program holds the lock of iptables-legacy", () => {
 /** As `vmmesh iptables apply` with VMMESH_BACKEND in sidecar.env. */
 async function apply(wished: BackendWish, wish: CaptureWish = WISH, host: Host = lab.host): Promise<Trial> {
   const plan = planCapture(wish, await readMachine(host, wished));
-  return applyPlan(host, renderPlan(plan, { comments: true }), options());
+  return applyPlan(host, renderPlan(plan), options());
 }
 
 async function install(...wanted: Parameters<typeof apply>): Promise<void> {
@@ -335,7 +335,7 @@ describe("what a machine has not", () => {
         { ...WISH, interception: { mode: "TPROXY", routeTable: 133 } },
         { ...(await readMachine(lab.host, backend)), nft: false },
       );
-      const applied = applyPlan(host, renderPlan(plan, { comments: true }), options());
+      const applied = applyPlan(host, renderPlan(plan), options());
       await expect(applied).rejects.toMatchObject({
         code: "RULES_REJECTED",
         message: `the iptables of this machine has no extension \`${extension}\`, which the rules need`,

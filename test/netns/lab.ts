@@ -220,7 +220,7 @@ export class Lab implements AsyncDisposable {
   }
 
   async rendered(wish: CaptureWish, facts: Partial<MachineFacts> = {}): Promise<RenderedPlan> {
-    return renderPlan(planCapture(wish, { ...(await readMachine(this.host)), ...facts }), { comments: true });
+    return renderPlan(planCapture(wish, { ...(await readMachine(this.host)), ...facts }));
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -212,7 +212,7 @@ async function persistedRules(host: Reads): Promise<Evidence["persisted"]> {
 }
 
 async function refusalOf(host: Reads, plan: CapturePlan): Promise<string | undefined> {
-  const rendered = renderPlan(plan, { comments: true });
+  const rendered = renderPlan(plan);
   const texts: [Family, string | undefined][] = [
     [4, rendered.ipv4],
     [6, rendered.ipv6],

@@ -19,10 +19,14 @@ function elsewhere({ confirmed, saves }: Evidence): string[] {
 
 /** What can be wrong whether or not this machine is joined. */
 export function residueFindings(evidence: Evidence): Finding[] {
+  const recorded = new Set((evidence.confirmed?.printed ?? []).flatMap(({ own }) => own));
   const strayOurs = evidence.strayRules.filter((line) => isOurs(line) || isEmptyChain(line));
   const foreign = [
     ...evidence.strayRules,
-    ...evidence.tables.flatMap((seen) => seen.own.map((line) => `${place(seen)}: ${line}`)),
+    ...evidence.tables.flatMap((seen) =>
+      // Without comments the record alone tells what is ours.
+      seen.own.filter((line) => !recorded.has(line)).map((line) => `${place(seen)}: ${line}`),
+    ),
   ].filter((line) => !isOurs(line) && !isEmptyChain(line));
   const { nft, legacy } = evidence.backends;
   return [

@@ -57,6 +57,8 @@ export interface CaptureWish {
   readonly virtualInterfaces?: readonly string[];
   /** Drop what conntrack calls invalid, on captured ports. */
   readonly dropInvalid?: boolean;
+  /** false: no rule carries its reason, e.g. where the kernel lacks the comment match. */
+  readonly ruleComments?: boolean;
   /** Management networks, let through. */
   readonly keep: readonly string[];
   /** What differs from: declared inbound ports and the mesh closed, the rest open. */
