@@ -7,7 +7,7 @@ const MAY_IMPORT: Record<string, readonly string[]> = {
   proto: [],
   platform: ["core"],
   health: ["core", "platform"],
-  telemetry: ["core", "platform", "health"],
+  telemetry: ["core", "platform", "health", "proto"],
   mesh: ["core", "platform"],
   kube: ["core", "platform", "mesh"],
   iptables: ["core", "platform", "health"],

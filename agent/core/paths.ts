@@ -95,6 +95,12 @@ export const PORTS = {
 } as const;
 
 /**
+ * Envoy's cluster for gRPC to the agent, and what it says in `:authority`: a plain host name, because some gRPC servers
+ * refuse a socket's path there.
+ */
+export const AGENT_GRPC = { cluster: "xds-grpc", authority: "vmmesh.local" } as const;
+
+/**
  * What the audit's probe connects to: addresses of the documentation networks (RFC 5737, RFC 3849), which nobody routes.
  * They are captured like a service of the mesh, so that only Envoy can answer there.
  */

@@ -9,7 +9,7 @@ import { leaseBeat, serveDns } from "../dns/server.ts";
 import { buildTable, type DnsTable } from "../dns/table.ts";
 import { Upstreams } from "../dns/upstream.ts";
 import { EnvoyAdmin } from "../envoy/admin.ts";
-import { renderBootstrap } from "../envoy/bootstrap.ts";
+import { LEASE, renderBootstrap } from "../envoy/bootstrap.ts";
 import { Conditions } from "../health/conditions.ts";
 import { Gates } from "../health/gates.ts";
 import { type Health, runProbe } from "../health/probes.ts";
@@ -21,7 +21,10 @@ import { nodeOf } from "../mesh/node.ts";
 import type { Host } from "../platform/host.ts";
 import type { Owners } from "../platform/users.ts";
 import { serveSds } from "../sds/serve.ts";
+import { ACCESS_LOG_SERVICE, countAccessLog } from "../telemetry/accessLog.ts";
 import { serveAdmin } from "../telemetry/admin.ts";
+import { istioWorkload } from "../telemetry/istioLabels.ts";
+import { IstioStats } from "../telemetry/istioStats.ts";
 import type { Logger } from "../telemetry/log.ts";
 import { createMetrics } from "../telemetry/metrics.ts";
 import { Notifier } from "../telemetry/notify.ts";
@@ -41,7 +44,7 @@ const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
 const STRIPPED_LOSS: Readonly<Record<string, string>> = {
   "istio.alpn": "HTTP policy on undeclared ports",
   "istio.metadata_exchange": "peer labels",
-  "istio.stats": "istio_requests_total",
+  "istio.stats": "custom dimensions of istio_requests_total",
 };
 
 export interface AgentDeps {
@@ -200,8 +203,24 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         return;
     }
   };
+  const istioStats = new IstioStats({
+    own: istioWorkload(
+      {
+        workload: workload.workloadName,
+        namespace: workload.namespace,
+        cluster: workload.clusterId,
+      },
+      workload.labels,
+    ),
+    ownPrincipal: spiffe,
+    ownProbes: [LEASE.address, LEASE.address6],
+    since: startedAt,
+    workloadAt: (address) => relay.workloadAt(address),
+    onDropped: () => metrics.istioStatsDropped.inc(),
+  });
   const relay = new AdsRelay({
     host,
+    alsoServed: { [ACCESS_LOG_SERVICE]: (stream) => countAccessLog(stream, istioStats) },
     listen: (onConnection) =>
       host.net.listenUnix(paths.xdsSocket, { mode: 0o660, owner: ownGroup() }, onConnection),
     async upstreams() {
@@ -476,7 +495,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                 for (const direction of ["inbound", "outbound"] as const)
                   for (const what of ["refused", "bypassed"] as const)
                     metrics.fenceConnections.set({ direction, what }, counts?.[what][direction] ?? 0);
-                return metrics.render();
+                return `${await metrics.render()}${istioStats.render()}`;
               },
               envoyAdminSocket: paths.envoyAdminSocket,
               app: parseAppTargets(workload.appMetrics),

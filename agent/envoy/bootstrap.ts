@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
+import { AGENT_GRPC, PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
 
 /** A value that JSON can carry. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -52,9 +52,6 @@ export const LEASE = {
   everyMs: 500,
 } as const;
 
-/** In `:authority` of Envoy's streams to the agent. A plain host name: some gRPC servers refuse a socket's path there. */
-const AUTHORITY = "vmmesh.local";
-
 const MAX_SOCKET_PATH_BYTES = 107;
 const NO_LIMIT = 2 ** 31 - 1;
 const EXTENSIONS = "type.googleapis.com/envoy.extensions";
@@ -99,7 +96,9 @@ export function renderBootstrap(input: BootstrapInput): { readonly [key: string]
         api_type: "DELTA_GRPC",
         transport_api_version: "V3",
         set_node_on_first_message_only: true,
-        grpc_services: [{ envoy_grpc: { cluster_name: "xds-grpc", authority: AUTHORITY } }],
+        grpc_services: [
+          { envoy_grpc: { cluster_name: AGENT_GRPC.cluster, authority: AGENT_GRPC.authority } },
+        ],
       },
     },
     static_resources: {
@@ -107,7 +106,7 @@ export function renderBootstrap(input: BootstrapInput): { readonly [key: string]
         cluster("prometheus_stats", { pipe: { path: input.adminSocket } }),
         cluster("agent", { socket_address: { address: "127.0.0.1", port_value: PORTS.status } }),
         { ...cluster("sds-grpc", { pipe: { path: input.sdsSocket } }), ...HTTP2 },
-        { ...cluster("xds-grpc", { pipe: { path: input.xdsSocket } }), ...HTTP2, ...NO_BREAKER },
+        { ...cluster(AGENT_GRPC.cluster, { pipe: { path: input.xdsSocket } }), ...HTTP2, ...NO_BREAKER },
         ...(input.lease ? [leaseCluster(input.ipv6)] : []),
       ],
       listeners: [
@@ -251,6 +250,7 @@ const HTTP_STATS = [
 
 /** Whole families that are small: few names however large the mesh is. */
 const KEPT_PREFIXES = [
+  "access_logs.",
   "cluster_manager",
   "listener_manager",
   "server",

@@ -111,6 +111,11 @@ export const METRICS = {
     help: "1 for each extension of Istio's own that is taken out because this Envoy lacks it.",
     labels: ["name"],
   },
+  istioStatsDropped: {
+    name: "vmmesh_istio_stats_dropped_total",
+    type: "counter",
+    help: "Requests and TCP connections that no istio_* metric counts, because there are too many label sets.",
+  },
   // identity
   certExpirySeconds: {
     name: "istio_agent_cert_expiry_seconds",

@@ -301,9 +301,14 @@ export class DeltaCache {
 
   /** Does any cached resource of the type hold these bytes? */
   holds(typeUrl: string, needle: Uint8Array): boolean {
-    return [...(this.#types.get(typeUrl)?.resources.values() ?? [])].some(({ any }) =>
-      Buffer.from(any.buffer, any.byteOffset, any.byteLength).includes(needle),
-    );
+    return this.holding(typeUrl, needle).next().done !== true;
+  }
+
+  /** The cached resources of the type (google.protobuf.Any) that hold these bytes. */
+  *holding(typeUrl: string, needle: Uint8Array): Generator<Uint8Array, undefined> {
+    for (const { any } of this.#types.get(typeUrl)?.resources.values() ?? [])
+      if (Buffer.from(any.buffer, any.byteOffset, any.byteLength).includes(needle)) yield any;
+    return undefined;
   }
 
   #type(typeUrl: string): TypeState {

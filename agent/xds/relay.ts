@@ -24,6 +24,7 @@ import {
 import { type NameInfo, readNameTable } from "../proto/istio.ts";
 import { type RpcStatus, readAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
+import { needleOf, workloadAt } from "./endpoints.ts";
 import type { LastGoodFile, ResourceSet } from "./lastGood.ts";
 import { extensionsOf } from "./strip.ts";
 
@@ -77,6 +78,8 @@ export interface RelayDeps {
   readonly onNameTable?: (table: ReadonlyMap<string, NameInfo>) => void;
   /** Ports that this workload serves: each has an inbound cluster once istiod has registered it and a Service selects it. */
   readonly inboundPorts?: readonly number[];
+  /** What else Envoy may call on that socket: method path → what to do with a stream. */
+  readonly alsoServed?: Readonly<Record<string, (stream: ServedStream) => void>>;
   /** Where what Envoy accepts is kept for a start without a control plane. */
   readonly lastGood?: LastGoodFile;
   onEvent(event: RelayEvent): void;
@@ -127,7 +130,10 @@ export class AdsRelay {
    * @param onListening the socket serves
    */
   async run(signal: AbortSignal, onListening: () => void = () => undefined): Promise<void> {
-    const server = serveStreams({ [DELTA_ADS]: (stream) => this.#serve(stream) });
+    const server = serveStreams({
+      ...this.#deps.alsoServed,
+      [DELTA_ADS]: (stream) => this.#serve(stream),
+    });
     await using _listener = await this.#deps.listen((socket) => server.accept(socket));
     onListening();
     const { lastGood } = this.#deps;
@@ -157,9 +163,16 @@ export class AdsRelay {
 
   /** Is `address` among the endpoints that istiod has told this machine of? */
   knowsEndpoint(address: string): boolean {
-    // envoy.config.core.v3.SocketAddress.address is field 2, length-delimited: with both in front no longer address matches.
-    const needle = Buffer.concat([Buffer.from([0x12, address.length]), Buffer.from(address)]);
-    return this.#cache.holds(TYPE_URL.endpoint, needle);
+    return this.#cache.holds(TYPE_URL.endpoint, needleOf(address));
+  }
+
+  /** What istiod says of the workload at `address`, if it is an endpoint that this machine knows: see `workloadAt`. */
+  workloadAt(address: string): string | undefined {
+    for (const any of this.#cache.holding(TYPE_URL.endpoint, needleOf(address))) {
+      const workload = workloadAt(any, address);
+      if (workload !== undefined) return workload;
+    }
+    return undefined;
   }
 
   status(): RelayStatus {

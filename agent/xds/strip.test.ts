@@ -71,7 +71,7 @@ const DEFAULTS: Shape = {
 };
 const NOTHING: Shape = { network: [], http: [], upstream: [], alpn: [] };
 
-function listener({ network, http, alpn }: Shape): Uint8Array {
+function listener({ network, http, alpn }: Shape, traffic_direction = "INBOUND"): Uint8Array {
   const transport_socket = tls("Downstream", [...alpn, "h2", "http/1.1"]);
   return writeAny(
     TYPE_URL.listener,
@@ -82,7 +82,7 @@ function listener({ network, http, alpn }: Shape): Uint8Array {
         { name: "tcp", transport_socket, filters: [rbac, ...network, tcpProxy] },
       ],
       default_filter_chain: { name: "rest", filters: [...network, tcpProxy] },
-      traffic_direction: "INBOUND",
+      traffic_direction,
     }),
   );
 }
@@ -133,6 +133,143 @@ describe("what an istiod with default settings sends", () => {
     expect(removed).toEqual([ALPN]);
     const http = DEFAULTS.http.filter(({ name }) => name !== "istio.alpn");
     expect(Buffer.from(any)).toEqual(Buffer.from(listener({ ...DEFAULTS, http })));
+  });
+});
+
+describe("in the place of istio.stats", () => {
+  const LOGGERS = ["Http", "Tcp"].map(
+    (kind) => `envoy.extensions.access_loggers.grpc.v3.${kind}GrpcAccessLogConfig`,
+  );
+  const FORMAT = "envoy.type.tracing.v3.CustomTag.value";
+  const withLoggers = (type: string): boolean => LOGGERS.includes(type);
+  /** The filters of the first two chains, as plain data: `http_connection_manager`, `tcp_proxy`. */
+  const proxies = (bytes: Uint8Array): Record<string, unknown>[] => {
+    const { filter_chains } = decode(LISTENER, readAny(bytes).value) as {
+      filter_chains: { filters: { name: string; typed_config: { type_url: string; value: Uint8Array } }[] }[];
+    };
+    return filter_chains
+      .flatMap(({ filters }) => filters)
+      .filter(({ name }) => /manager|proxy/.test(name))
+      .map(
+        ({ typed_config: { type_url, value } }) =>
+          decode(type_url.slice(TYPE_PREFIX.length), value) as Record<string, unknown>,
+      );
+  };
+  const loggersOf = (proxy: Record<string, unknown> | undefined): Record<string, unknown>[] =>
+    ((proxy?.["access_log"] ?? []) as { typed_config: { type_url: string; value: Uint8Array } }[]).map(
+      ({ typed_config: { type_url, value } }) =>
+        decode(type_url.slice(TYPE_PREFIX.length), value) as Record<string, unknown>,
+    );
+  const stripped = (bytes: Uint8Array, has = withLoggers) => strip(TYPE_URL.listener, bytes, has).any;
+
+  test("an access logger to the agent stands in both kinds of chain, with what the labels need", () => {
+    const [http, tcp] = proxies(stripped(listener(DEFAULTS)));
+    const [httpLog] = loggersOf(http);
+    const [tcpLog] = loggersOf(tcp);
+    expect(httpLog).toMatchObject({
+      additional_request_headers_to_log: ["content-type", "x-envoy-peer-metadata"],
+      additional_response_trailers_to_log: ["grpc-status"],
+    });
+    for (const log of [httpLog, tcpLog])
+      expect(log).toMatchObject({
+        common_config: {
+          log_name: "inbound",
+          grpc_service: { envoy_grpc: { cluster_name: "xds-grpc", authority: "vmmesh.local" } },
+          transport_api_version: "V3",
+          buffer_flush_interval: { seconds: 1 },
+          buffer_size_bytes: { value: 65_536 },
+          custom_tags: [
+            {
+              tag: "services",
+              metadata: {
+                kind: { cluster: {} },
+                metadata_key: { key: "istio", path: [{ key: "services" }] },
+              },
+            },
+          ],
+        },
+      });
+    expect(tcp).toMatchObject({
+      access_log_options: { access_log_flush_interval: { seconds: 5 }, flush_access_log_on_connected: false },
+    });
+  });
+
+  test("outbound it asks for the other end: its workload, and from Envoy 1.37 on its certificate", () => {
+    const bytes = listener(DEFAULTS, "OUTBOUND");
+    const tagsOf = (has: (type: string) => boolean): unknown => {
+      const [log] = loggersOf(proxies(stripped(bytes, has))[0]);
+      const { custom_tags } = (log?.["common_config"] ?? { custom_tags: [] }) as {
+        custom_tags: { tag: string }[];
+      };
+      return custom_tags.map(({ tag }) => tag);
+    };
+    expect(tagsOf(withLoggers)).toEqual(["services", "workload"]);
+    expect(tagsOf((type) => withLoggers(type) || type === FORMAT)).toEqual([
+      "services",
+      "workload",
+      "principal",
+    ]);
+  });
+
+  const withLogs = (access_log: readonly Message[], more: Message = {}): Uint8Array => {
+    const typed_config = { ...(tcpProxy["typed_config"] as Message), access_log, ...more };
+    return writeAny(
+      TYPE_URL.listener,
+      encode(LISTENER, {
+        filter_chains: [{ filters: [...DEFAULTS.network, { ...tcpProxy, typed_config }] }],
+        traffic_direction: "INBOUND",
+      }),
+    );
+  };
+  const typed_config = opaque("envoy.extensions.access_loggers.file.v3.FileAccessLog");
+
+  test("the mesh's own access log goes on to tell of a TCP connection once, and through its own filter", () => {
+    const filtered = { name: "filtered", typed_config, filter: { response_flag_filter: { flags: ["UH"] } } };
+    const [tcp] = proxies(stripped(withLogs([{ name: "file", typed_config }, filtered])));
+    const atEnd = { log_type_filter: { types: ["TcpConnectionEnd"], exclude: false } };
+    expect(tcp).toMatchObject({
+      access_log: [
+        { name: "file", filter: atEnd },
+        {
+          name: "filtered",
+          filter: { and_filter: { filters: [{ response_flag_filter: { flags: ["UH"] } }, atEnd] } },
+        },
+        { name: "envoy.access_loggers.tcp_grpc", filter: null },
+      ],
+      access_log_options: { access_log_flush_interval: { seconds: 5 } },
+    });
+  });
+
+  test("a proxy that somebody has told when to log keeps that", () => {
+    const access_log_options = {
+      flush_access_log_on_connected: false,
+      access_log_flush_interval: { seconds: 60 },
+    };
+    const [tcp] = proxies(stripped(withLogs([{ name: "file", typed_config }], { access_log_options })));
+    expect(tcp).toMatchObject({
+      access_log: [{ name: "file", filter: null }, {}],
+      access_log_options,
+    });
+  });
+
+  test.for([
+    ["a listener without istio.stats", listener({ ...DEFAULTS, http: [], network: [] }), withLoggers],
+    ["an Envoy that has istio.stats", listener(DEFAULTS), (type: string) => type === STATS],
+    ["an Envoy without the loggers", listener(DEFAULTS), stock],
+    ["a listener of no direction", listener(DEFAULTS, "UNSPECIFIED"), withLoggers],
+  ] as const)("%s gets none", ([, bytes, has]) => {
+    for (const proxy of proxies(stripped(bytes, has))) expect(proxy["access_log"]).toEqual([]);
+  });
+
+  test("an Envoy says with its version whether it takes format strings in tags", () => {
+    const of = (major_number: number, minor_number: number): boolean =>
+      extensionsOf(
+        encode("envoy.config.core.v3.Node", {
+          user_agent_build_version: { version: { major_number, minor_number } },
+          extensions: [{ name: "x", type_urls: ["x"] }],
+        }),
+      )(FORMAT);
+    expect([of(1, 36), of(1, 37), of(1, 40), of(2, 0)]).toEqual([false, true, true, true]);
   });
 });
 

@@ -1,7 +1,17 @@
 import { TYPE_URL } from "../proto/discovery.ts";
 import { BinaryReader, BinaryWriter, readAny, readMessage, WireType } from "../proto/wire.ts";
+import {
+  type Direction,
+  endOnly,
+  HTTP_LOGGER,
+  httpLogger,
+  TCP_LOGGER,
+  tcpLogger,
+  tcpLogOptions,
+} from "./accessLogger.ts";
 
 const TCP_EXCHANGE = "envoy.tcp.metadataexchange.config.MetadataExchange";
+const STATS = "stats.PluginConfig";
 
 /**
  * What an istiod with default settings names and only Istio's own Envoy build has: the type of its configuration → the
@@ -14,20 +24,25 @@ const REMOVABLE: ReadonlyMap<string, string> = new Map([
   [TCP_EXCHANGE, "istio.metadata_exchange"],
   ["io.istio.http.peer_metadata.Config", "istio.metadata_exchange"],
   ["istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig", "istio.alpn"],
-  ["stats.PluginConfig", "istio.stats"],
+  [STATS, "istio.stats"],
 ]);
 
 /** Two Envoys that agree on it write metadata in front of a TCP connection's own bytes. */
 const PEER_EXCHANGE_ALPN = Buffer.from("istio-peer-exchange");
 
 const HTTP_MANAGER = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+const TCP_PROXY = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
 const TLS_CONTEXTS: readonly string[] = ["Upstream", "Downstream"].map(
   (side) => `envoy.extensions.transport_sockets.tls.v3.${side}TlsContext`,
 );
 /** Configuration as JSON of a type that is named inside: `type_url` 1. */
 const TYPED_STRUCTS: readonly string[] = ["udpa.type.v1.TypedStruct", "xds.type.v3.TypedStruct"];
 
-/** Is this type of extension configuration (`stats.PluginConfig`) one that the Envoy knows? */
+/** A field that Envoy has since 1.37; an older one refuses a tag that has nothing else. */
+const TAG_FORMAT = "envoy.type.tracing.v3.CustomTag.value";
+const TAG_FORMAT_SINCE = { major: 1, minor: 37 };
+
+/** Is this type of extension configuration (`stats.PluginConfig`) one that the Envoy knows? So too for `TAG_FORMAT`. */
 export type HasExtension = (type: string) => boolean;
 
 export interface Stripped {
@@ -42,6 +57,8 @@ export interface Stripped {
  * filters, and with the TCP metadata exchange its protocol in ALPN. That must go as well: a peer that has the exchange
  * would agree on it and write metadata into a connection whose other end passes it on to the application.
  *
+ * In the place of `istio.stats` comes an access logger, by which the agent counts what that would have counted.
+ *
  * Everything else stays byte for byte and in order, also what is unknown here. Other extensions that Envoy lacks stay
  * too: it refuses the resource, because what they were meant to enforce is not known.
  *
@@ -52,8 +69,8 @@ export function strip(typeUrl: string, any: Uint8Array, has: HasExtension): Stri
     typeUrl === TYPE_URL.cluster ? "cluster" : typeUrl === TYPE_URL.listener ? "listener" : undefined;
   if (root === undefined) return { any, removed: [] };
   const removed = new Set<string>();
-  const fields = editsOf(has, removed)[root];
   try {
+    const fields = editsOf(has, removed, root === "listener" ? directionOf(any) : undefined)[root];
     return { any: edit(any, { 2: (value) => edit(value, fields) }), removed: [...removed] };
   } catch {
     return { any, removed: [] };
@@ -66,25 +83,60 @@ export function nameOf(type: string): string {
 }
 
 /**
- * What an Envoy says of itself in its node message (envoy.config.core.v3.Node: extensions 9; Extension: type_urls 6).
+ * What an Envoy says of itself in its node message (envoy.config.core.v3.Node: user_agent_build_version 8, extensions 9;
+ * BuildVersion: version 1; Extension: type_urls 6).
  * One that does not list its extensions is taken to have all: it gets what istiod sends.
  */
 export function extensionsOf(node: Uint8Array): HasExtension {
   const types = new Set<string>();
+  let listed = false;
   try {
     readMessage(node, (field, reader) => {
+      if (field === 8) {
+        readMessage(reader.bytes(), (inner, build) => {
+          if (inner !== 1) return false;
+          if (hasTagFormat(build.bytes())) types.add(TAG_FORMAT);
+          return true;
+        });
+        return true;
+      }
       if (field !== 9) return false;
       readMessage(reader.bytes(), (inner, extension) => {
         if (inner !== 6) return false;
         types.add(typeName(extension.string()));
+        listed = true;
         return true;
       });
       return true;
     });
   } catch {
-    types.clear();
+    listed = false;
   }
-  return types.size === 0 ? () => true : (type) => types.has(type);
+  return listed ? (type) => types.has(type) : () => true;
+}
+
+/** envoy.type.v3.SemanticVersion: major_number 1, minor_number 2. */
+function hasTagFormat(version: Uint8Array): boolean {
+  let [major, minor] = [0, 0];
+  readMessage(version, (field, reader) => {
+    if (field === 1) major = reader.uint32();
+    else if (field === 2) minor = reader.uint32();
+    else return false;
+    return true;
+  });
+  const { major: sinceMajor, minor: sinceMinor } = TAG_FORMAT_SINCE;
+  return major > sinceMajor || (major === sinceMajor && minor >= sinceMinor);
+}
+
+/** envoy.config.listener.v3.Listener.traffic_direction is 16; its values are INBOUND 1, OUTBOUND 2. */
+function directionOf(any: Uint8Array): Direction | undefined {
+  let direction = 0;
+  readMessage(readAny(any).value, (field, reader) => {
+    if (field !== 16) return false;
+    direction = reader.int32();
+    return true;
+  });
+  return ([undefined, "inbound", "outbound"] as const)[direction];
 }
 
 /** One for all: a writer begins with more memory than most messages have, and `finish` empties it for the next. */
@@ -96,7 +148,11 @@ type Edit = (value: Uint8Array) => Uint8Array | undefined;
 type Edits = Readonly<Record<number, Edit>>;
 
 /** The places of filters and of ALPN, from the leaves up. Field numbers from the .proto files named. */
-function editsOf(has: HasExtension, removed: Set<string>): { cluster: Edits; listener: Edits } {
+function editsOf(
+  has: HasExtension,
+  removed: Set<string>,
+  direction: Direction | undefined,
+): { cluster: Edits; listener: Edits } {
   const drop = (type: string): undefined => {
     removed.add(type);
     return undefined;
@@ -107,12 +163,19 @@ function editsOf(has: HasExtension, removed: Set<string>): { cluster: Edits; lis
       edit(value, fields);
   /** A filter whose configuration is in `typedConfig`; only what is known to hold filters is looked into. */
   const filter =
-    (typedConfig: number, inside: ReadonlyMap<string, Edits> = new Map()): Edit =>
+    (
+      typedConfig: number,
+      dropped: Set<string> = new Set(),
+      inside: ReadonlyMap<string, Edit> = new Map(),
+    ): Edit =>
     (value) => {
       const type = configType(value, typedConfig);
-      if (REMOVABLE.has(type) && !has(type)) return drop(type);
-      const fields = inside.get(type);
-      return fields === undefined ? value : edit(value, { [typedConfig]: within({ 2: within(fields) }) });
+      if (REMOVABLE.has(type) && !has(type)) {
+        dropped.add(type);
+        return drop(type);
+      }
+      const change = inside.get(type);
+      return change === undefined ? value : edit(value, { [typedConfig]: within({ 2: change }) });
     };
 
   // common_tls_context 1, in it alpn_protocols 4 (transport_sockets/tls/v3/tls.proto)
@@ -123,10 +186,34 @@ function editsOf(has: HasExtension, removed: Set<string>): { cluster: Edits; lis
     TLS_CONTEXTS.includes(configType(value, 3))
       ? edit(value, { 3: within({ 2: within({ 1: within({ 4: alpn }) }) }) })
       : value;
-  // http_filters 5; HttpFilter: typed_config 4 (http_connection_manager.proto)
-  const inManager: Edits = { 5: filter(4) };
+  const formats = has(TAG_FORMAT);
+  // http_filters 5, access_log 13; HttpFilter: typed_config 4 (http_connection_manager.proto)
+  const manager: Edit = (value) => {
+    const dropped = new Set<string>();
+    const edited = edit(value, { 5: filter(4, dropped) });
+    return dropped.has(STATS) && direction !== undefined && has(HTTP_LOGGER)
+      ? append(edited, 13, httpLogger(direction, formats))
+      : edited;
+  };
+  // filter 2 (config/accesslog/v3/accesslog.proto)
+  const onlyAtEnd: Edit = (log) =>
+    hasField(log, 2) ? edit(log, { 2: (own) => endOnly(own) }) : append(log, 2, endOnly());
   // filters 3, transport_socket 6; Filter: typed_config 4 (config/listener/v3/listener_components.proto)
-  const chain = within({ 3: filter(4, new Map([[HTTP_MANAGER, inManager]])), 6: socket });
+  const chain: Edit = (value) => {
+    const dropped = new Set<string>();
+    // access_log 5, access_log_options 17, and in its stead 15 and 16 (tcp_proxy.proto). It is the last of its chain.
+    const proxy: Edit = (bytes) => {
+      if (!dropped.has(STATS) || direction === undefined || !has(TCP_LOGGER)) return bytes;
+      const logger = tcpLogger(direction, formats);
+      if ([15, 16, 17].some((field) => hasField(bytes, field))) return append(bytes, 5, logger);
+      return append(append(edit(bytes, { 5: onlyAtEnd }), 5, logger), 17, tcpLogOptions());
+    };
+    const inside = new Map([
+      [HTTP_MANAGER, manager],
+      [TCP_PROXY, proxy],
+    ]);
+    return edit(value, { 3: filter(4, dropped, inside), 6: socket });
+  };
   return {
     // filter_chains 3, default_filter_chain 25 (config/listener/v3/listener.proto)
     listener: { 3: chain, 25: chain },
@@ -172,6 +259,24 @@ function edit(message: Uint8Array, edits: Edits): Uint8Array {
       parts.push(HEADER.tag(field, WireType.LengthDelimited).uint32(after.length).finish(), after);
   }
   return parts.length === 0 ? message : Buffer.concat([...parts, message.subarray(copied)]);
+}
+
+/** The message with one more field. */
+function append(message: Uint8Array, field: number, value: Uint8Array): Uint8Array {
+  return Buffer.concat([
+    message,
+    HEADER.tag(field, WireType.LengthDelimited).uint32(value.length).finish(),
+    value,
+  ]);
+}
+
+function hasField(message: Uint8Array, wanted: number): boolean {
+  let found = false;
+  readMessage(message, (field) => {
+    found ||= field === wanted;
+    return false;
+  });
+  return found;
 }
 
 /** `type.googleapis.com/stats.PluginConfig` → `stats.PluginConfig`. */

@@ -17,6 +17,7 @@ const INCLUDE = [
 ];
 
 const FILES = [
+  "envoy/service/accesslog/v3/als.proto",
   "envoy/service/discovery/v3/ads.proto",
   "envoy/service/secret/v3/sds.proto",
   "envoy/config/cluster/v3/cluster.proto",
@@ -24,6 +25,7 @@ const FILES = [
   "envoy/config/listener/v3/listener.proto",
   "envoy/config/route/v3/route.proto",
   "envoy/extensions/access_loggers/file/v3/file.proto",
+  "envoy/extensions/access_loggers/grpc/v3/als.proto",
   "envoy/extensions/filters/http/router/v3/router.proto",
   "envoy/extensions/filters/listener/original_dst/v3/original_dst.proto",
   "envoy/extensions/filters/listener/tls_inspector/v3/tls_inspector.proto",

@@ -22,9 +22,44 @@ import { packageFile } from "./package.ts";
  */
 const ISTIOS = ["istio.alpn", "istio.metadata_exchange", "istio.stats"];
 const MACHINES = ["details", "reviews"] as const;
+const ECHO_PORT = 9000;
+/** Says back what it hears, until the other side has said all. */
+const ECHO = `
+import socketserver, sys
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        while data := self.request.recv(65536):
+            self.request.sendall(data)
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+Server(("0.0.0.0", int(sys.argv[1])), Echo).serve_forever()
+`;
+/** Sends ten bytes, reads ten, and waits until it is told to end. */
+const TALK = `
+import os, socket, sys, time
+talk = socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)
+talk.sendall(b"0123456789")
+assert len(talk.recv(10, socket.MSG_WAITALL)) == 10
+while not os.path.exists("/tmp/hang-up"):
+    time.sleep(0.1)
+`;
+
+/** Labels of istio_requests_total: https://istio.io/latest/docs/reference/config/metrics/ */
+const REQUEST_LABELS = [
+  "reporter",
+  ...["source", "destination"].flatMap((side) =>
+    [
+      ...["workload", "workload_namespace", "principal", "app", "version"],
+      ...["canonical_service", "canonical_revision", "cluster"],
+    ].map((name) => `${side}_${name}`),
+  ),
+  ...["destination_service", "destination_service_name", "destination_service_namespace"],
+  ...["request_protocol", "response_code", "response_flags", "connection_security_policy"],
+];
 let lab: Lab;
 let details: Machine;
 let reviews: Machine;
+let prometheus: Awaited<ReturnType<Lab["prometheus"]>>;
 let envBefore: Readonly<Record<string, string>>;
 let meshBefore: string;
 
@@ -55,14 +90,32 @@ beforeAll(async () => {
   details = await lab.vm("details", { deb });
   reviews = await lab.vm("reviews", { deb });
   for (const name of MACHINES) await defineWorkload(lab, name, 9080);
+  await lab.apply(`
+apiVersion: networking.istio.io/v1
+kind: WorkloadGroup
+metadata: {name: details, namespace: default}
+spec:
+  metadata: {labels: {app: details}}
+  template: {serviceAccount: details, ports: {http: 9080, tcp: ${ECHO_PORT}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: echo, namespace: default}
+spec: {selector: {app: details}, ports: [{name: tcp, port: ${ECHO_PORT}, targetPort: ${ECHO_PORT}}]}
+`);
   await strictMtls(lab);
+  details.putFile("/opt/echo.py", ECHO);
+  await details.exec(`systemd-run -q --unit=echo --uid=65534 /usr/bin/python3 /opt/echo.py ${ECHO_PORT}`);
+  reviews.putFile("/opt/talk.py", TALK);
   await startApp(details, 9080);
   await startApp(reviews, 9080);
+  prometheus = await lab.prometheus([details, reviews].map(({ ip }) => `${ip}:15020`));
   console.log("versions:", JSON.stringify(await lab.versions()));
 }, 300_000);
 
 afterAll(async () => {
   await Promise.all(MACHINES.map((name) => lab?.removeVm(name)));
+  await prometheus?.stop();
   // The tests after this one use the same lab.
   if (meshBefore === undefined) return;
   await setMesh(meshBefore);
@@ -74,6 +127,28 @@ async function configDump(machine: Machine): Promise<string> {
   return (await machine.exec("curl -s --unix-socket /run/vmmesh-envoy/admin.sock http://envoy/config_dump"))
     .stdout;
 }
+
+/** Until Prometheus has asked every machine so many times more. */
+async function scrapes(count: number): Promise<void> {
+  const asked = (): Promise<number | undefined> => prometheus.query("min(istio_agent_scrapes_total)");
+  const before = (await asked()) ?? 0;
+  await waitFor("scrapes", async () => (((await asked()) ?? 0) >= before + count ? true : undefined));
+}
+
+/** What the machines say themselves, for a message. */
+async function shown(): Promise<string> {
+  const command =
+    "curl -s http://127.0.0.1:15020/stats/prometheus | grep -E '^(istio_requests|istio_tcp|vmmesh_istio|envoy_access_logs)'";
+  const said = await Promise.all(
+    [details, reviews].map((machine) => machine.exec(`${command}`, { allowFail: true })),
+  );
+  return said.map(({ stdout }) => stdout).join("\n");
+}
+
+const selector = (labels: Readonly<Record<string, string>>): string =>
+  `{${Object.entries(labels)
+    .map(([name, value]) => `${name}="${value}"`)
+    .join(",")}}`;
 
 describe("an istiod with default settings, and a stock Envoy", () => {
   test.for(MACHINES)("%s joins", async (name) => {
@@ -132,6 +207,90 @@ describe("an istiod with default settings, and a stock Envoy", () => {
       }
     },
   );
+
+  test("Prometheus sees Istio's request metrics rise by what was sent, on both sides, with Istio's labels", async () => {
+    const ends = {
+      source_workload: "reviews",
+      source_workload_namespace: "default",
+      source_principal: spiffe("reviews"),
+      source_canonical_service: "reviews",
+      source_canonical_revision: "latest",
+      source_cluster: "Kubernetes",
+      destination_workload: "details",
+      destination_workload_namespace: "default",
+      destination_principal: spiffe("details"),
+      destination_canonical_service: "details",
+      destination_canonical_revision: "latest",
+      destination_cluster: "Kubernetes",
+      destination_service: "details.default.svc.cluster.local",
+      destination_service_name: "details",
+      destination_service_namespace: "default",
+      request_protocol: "http",
+      response_code: "200",
+      response_flags: "-",
+    };
+    const sides = [
+      { reporter: "source", connection_security_policy: "unknown", source_app: "reviews" },
+      { reporter: "destination", connection_security_policy: "mutual_tls", destination_app: "details" },
+    ].map((side) => selector({ ...ends, ...side }));
+    const read = (metric: string): Promise<(number | undefined)[]> =>
+      Promise.all(sides.map((side) => prometheus.query(`sum(${metric}${side})`)));
+    const metrics = [
+      "istio_requests_total",
+      ...["request_duration_milliseconds", "request_bytes", "response_bytes"].map(
+        (name) => `istio_${name}_count`,
+      ),
+    ];
+    await request(reviews, "http://details/");
+    await scrapes(4);
+    const before = await Promise.all(metrics.map(read));
+    expect(before.flat(), await shown()).not.toContain(undefined);
+    for (let round = 0; round < 50; round += 1)
+      expect((await request(reviews, "http://details/")).status).toBe(200);
+    await scrapes(4);
+    expect(await Promise.all(metrics.map(read))).toEqual(
+      before.map((values) => values.map((value = 0) => value + 50)),
+    );
+    for (const machine of [details, reviews]) {
+      const scraped = (await machine.exec("curl -s http://127.0.0.1:15020/stats/prometheus")).stdout;
+      const [line = ""] = scraped.match(/^istio_requests_total\{.*$/m) ?? [];
+      expect([...line.matchAll(/(\w+)="/g)].map(([, name]) => name).sort()).toEqual(
+        [...REQUEST_LABELS].sort(),
+      );
+      expect(scraped).toContain("vmmesh_istio_stats_dropped_total 0\n");
+      expect(scraped).toMatch(/^envoy_access_logs_grpc_access_log_logs_dropped\{\} 0$/m);
+    }
+  });
+
+  test("a TCP connection is counted when it opens, while it talks and when it ends", async () => {
+    const sides = ["source", "destination"].map((reporter) =>
+      selector({
+        reporter,
+        source_principal: spiffe("reviews"),
+        source_workload: "reviews",
+        destination_workload: "details",
+        destination_service_name: "echo",
+        request_protocol: "tcp",
+      }),
+    );
+    const seen = (name: string): Promise<(number | undefined)[]> =>
+      Promise.all(sides.map((side) => prometheus.query(`sum(istio_tcp_${name}_total${side})`)));
+    const becomes = (name: string, value: number): Promise<true> =>
+      waitFor(`istio_tcp_${name}_total ${value}`, async () =>
+        (await seen(name)).every((one) => one === value) ? true : undefined,
+      );
+    await reviews.exec(
+      `systemd-run -q --unit=talk --uid=65534 /usr/bin/python3 /opt/talk.py echo.default.svc.cluster.local ${ECHO_PORT}`,
+    );
+    await becomes("connections_opened", 1).catch(async () => expect.fail(await shown()));
+    await becomes("sent_bytes", 10);
+    expect(await seen("received_bytes")).toEqual([10, 10]);
+    expect(await seen("connections_closed")).toEqual([0, 0]);
+    await reviews.exec("touch /tmp/hang-up");
+    await becomes("connections_closed", 1);
+    expect(await seen("connections_opened")).toEqual([1, 1]);
+    expect(await seen("sent_bytes")).toEqual([10, 10]);
+  });
 
   test("the warning survives a restart of the agent, and goes when istiod is told to name them no more", async () => {
     await details.exec("systemctl restart vmmesh-agent");
