@@ -1,4 +1,4 @@
-import { cpSync } from "node:fs";
+import { cpSync, readFileSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   arrivesAs,
@@ -290,6 +290,39 @@ describe("an istiod with default settings, and a stock Envoy", () => {
     await becomes("connections_closed", 1);
     expect(await seen("connections_opened")).toEqual([1, 1]);
     expect(await seen("sent_bytes")).toEqual([10, 10]);
+  });
+
+  test("an agent that stands still costs no request, and what it misses is counted", async () => {
+    const seen = async (query: string): Promise<number> => (await prometheus.query(query)) ?? 0;
+    const counts = async (): Promise<{ source: number; destination: number }> => {
+      const toDetails = { destination_service_name: "details", response_code: "200" };
+      const requests = (reporter: string): string =>
+        `istio_requests_total${selector({ ...toDetails, reporter })}`;
+      const dropped = `envoy_access_logs_grpc_access_log_logs_dropped{instance="${details.ip}:15020"}`;
+      return {
+        source: await seen(`sum(${requests("source")})`),
+        destination: await seen(`sum(${requests("destination")}) + sum(${dropped})`),
+      };
+    };
+    reviews.putFile("/opt/load.mjs", readFileSync(new URL("../lab/load.mjs", import.meta.url)));
+    const before = await counts();
+    expect(before.source).toBeGreaterThan(0);
+    await details.exec("systemctl kill --kill-whom=main -s STOP vmmesh-agent");
+    let load: { sent: number; failed: number };
+    try {
+      const { stdout } = await reviews.exec(
+        "setpriv --reuid=65534 --regid=65534 --clear-groups /usr/lib/vmmesh/node /opt/load.mjs http://details/ 200 10",
+      );
+      load = JSON.parse(stdout);
+    } finally {
+      await details.exec("systemctl kill --kill-whom=main -s CONT vmmesh-agent");
+    }
+    expect(load).toMatchObject({ sent: 2000, failed: 0 });
+    await scrapes(4);
+    expect(await counts()).toEqual({
+      source: before.source + load.sent,
+      destination: before.destination + load.sent,
+    });
   });
 
   test("the warning survives a restart of the agent, and goes when istiod is told to name them no more", async () => {
