@@ -378,6 +378,12 @@ export const COMMANDS: readonly CommandSpec[] = [
         describe: "a directory (made) or a file NAME.json to write; it holds a token: 0600",
       },
       { name: "ip", type: "string", value: "A", describe: "address of the machine that will join" },
+      {
+        name: "one-time",
+        type: "boolean",
+        describe:
+          "bind the token to a Secret made for it (needs the right to create secrets): whoever deletes that, once the machine has joined, ends the token",
+      },
       OUTPUT,
     ],
     examples: [

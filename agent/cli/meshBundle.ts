@@ -26,7 +26,13 @@ export interface FromCluster {
 export async function bundleFromCluster(
   { host }: Context,
   options: Options,
-  given: { readonly hostname: string; readonly ip: string | undefined; readonly rehearse: boolean },
+  given: {
+    readonly hostname: string;
+    readonly ip: string | undefined;
+    readonly rehearse: boolean;
+    /** Name of a Secret to make: the token dies with it. */
+    readonly bindTokenTo?: string;
+  },
 ): Promise<FromCluster> {
   const namespace = text(options, "namespace");
   if (namespace === undefined) {
@@ -80,6 +86,7 @@ export async function bundleFromCluster(
   const bundle = await makeBundle(client, {
     ...readRequest(group),
     tokenSeconds: number(options, "token-duration"),
+    ...(given.bindTokenTo === undefined ? {} : { bindTokenTo: given.bindTokenTo }),
   });
   return { bundle, choices: [...planned.choices, ...bundle.choices], deeds };
 }

@@ -131,8 +131,9 @@ describe("a bundle", () => {
   test("asks for a token of the group's account, for istiod alone, as short as told", async () => {
     const { bundle, fake } = await make({
       tokenSeconds: 600,
-      tokenBoundTo: { kind: "Secret", name: "join-vm-1", uid: "u-1" },
+      bindTokenTo: "join-vm-1",
     });
+    expect(fake.objects.get("secrets/bar/join-vm-1")).not.toHaveProperty("data");
     expect(fake.seen.find(({ resource }) => resource === "serviceaccounts/token")).toMatchObject({
       namespace: "bar",
       name: "vm-serviceaccount",
@@ -140,12 +141,22 @@ describe("a bundle", () => {
         spec: {
           audiences: ["istio-ca"],
           expirationSeconds: 600,
-          boundObjectRef: { apiVersion: "v1", kind: "Secret", name: "join-vm-1", uid: "u-1" },
+          boundObjectRef: { apiVersion: "v1", kind: "Secret", name: "join-vm-1", uid: "uid-of-join-vm-1" },
         },
       },
     });
     expect(bundle.tokenExpires.toISOString()).toBe("2026-11-23T00:10:00.000Z");
     expect(bundle.token?.split(".")).toHaveLength(3);
+  });
+
+  test("is not made on a Secret of somebody else's, which would outlive it or take it along", async () => {
+    const theirs = {
+      apiVersion: "v1",
+      kind: "Secret" as const,
+      metadata: { name: "join-vm-1", namespace: "bar" },
+    };
+    const made = make({ bindTokenTo: "join-vm-1" }, { objects: [...cluster(), theirs] });
+    expect((await failure(made)).code).toBe("KUBE_CONFLICT");
   });
 
   test("in a rehearsal reads everything and writes nothing", async () => {

@@ -23,7 +23,8 @@ export interface BundleRequest {
   /** `NAME` or `NAME.NAMESPACE`; default `istio-eastwestgateway` in the Istio namespace. */
   readonly gateway?: string;
   readonly tokenSeconds: number;
-  readonly tokenBoundTo?: TokenWish["boundTo"];
+  /** Name of a Secret to make in the group's namespace: the token dies with it. */
+  readonly bindTokenTo?: string;
   /** Address of the machine on an interface of its own. */
   readonly internalIp?: string;
   /** Address that peers reach, which the machine itself does not have (NAT). */
@@ -35,7 +36,7 @@ export interface BundleRequest {
 }
 
 /** What a request says beside the token. */
-export type ReadRequest = Omit<BundleRequest, "tokenSeconds" | "tokenBoundTo">;
+export type ReadRequest = Omit<BundleRequest, "tokenSeconds" | "bindTokenTo">;
 
 /** A bundle still without a token: all that can be had by reading. */
 export interface ReadBundle extends Bundle {
@@ -47,7 +48,8 @@ export interface MadeBundle extends ReadBundle {
   readonly tokenExpires: Date;
 }
 
-type Reader = Pick<KubeClient, "get" | "find" | "list" | "requestToken">;
+type Maker = Pick<KubeClient, "get" | "find" | "list" | "create" | "requestToken">;
+type Reader = Pick<KubeClient, "get" | "find" | "list">;
 
 const ISTIO_NAMESPACE = "istio-system";
 const GATEWAY = "istio-eastwestgateway";
@@ -64,7 +66,7 @@ const DEFAULT_CLUSTER_ID = "Kubernetes";
  * @throws {VmmeshError} KUBE_NOT_FOUND, KUBE_FORBIDDEN, KUBE_UNREACHABLE, KUBE_FAILED, USAGE, CONFIG_MALFORMED
  * @see chapter 1 of Istio's VM protocol
  */
-export async function makeBundle(client: Reader, request: BundleRequest): Promise<MadeBundle> {
+export async function makeBundle(client: Maker, request: BundleRequest): Promise<MadeBundle> {
   if (request.tokenSeconds < LEAST_TOKEN_SECONDS) {
     throw new VmmeshError("USAGE", `--token-duration ${request.tokenSeconds} is too short`, {
       next: `The API server grants ${LEAST_TOKEN_SECONDS} seconds or more.`,
@@ -78,7 +80,9 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
     serviceAccount,
     audience: AUDIENCE,
     seconds: request.tokenSeconds,
-    ...(request.tokenBoundTo === undefined ? {} : { boundTo: request.tokenBoundTo }),
+    ...(request.bindTokenTo === undefined
+      ? {}
+      : { boundTo: await makeSecret(client, request.bindTokenTo, request.group) }),
   });
   const choice: Choice = {
     name: "token",
@@ -86,6 +90,33 @@ export async function makeBundle(client: Reader, request: BundleRequest): Promis
     why: `until ${expires.toISOString()}`,
   };
   return { ...bundle, token, tokenExpires: expires, choices: [...bundle.choices, choice] };
+}
+
+/**
+ * An empty Secret that a token is bound to: when it is deleted, the API server no longer vouches for the token.
+ * @throws {VmmeshError} KUBE_CONFLICT if there is one of this name, and as `KubeClient.create`
+ */
+async function makeSecret(
+  client: Pick<KubeClient, "create">,
+  name: string,
+  { metadata: { name: group, namespace = "" } }: KubeObject,
+): Promise<NonNullable<TokenWish["boundTo"]>> {
+  const made = await client.create({
+    apiVersion: "v1",
+    kind: "Secret",
+    metadata: {
+      name,
+      namespace,
+      annotations: { "vmmesh.io/purpose": `a token for WorkloadGroup ${group} dies with this Secret` },
+    },
+  });
+  if (made === undefined) {
+    throw new VmmeshError("KUBE_CONFLICT", `there is a Secret ${namespace}/${name} already`, {
+      next: "Run the same command again: it takes another name.",
+    });
+  }
+  const { uid } = made.metadata;
+  return { kind: "Secret", name, ...(uid === undefined ? {} : { uid }) };
 }
 
 /**

@@ -49,7 +49,7 @@ describe("the client", () => {
     await using fake = await FakeKube.start({ objects: [SPACE] });
     await using client = new KubeClient({ ...ACCESS, server: fake.url });
     expect(await client.find(REF)).toBeUndefined();
-    expect(await client.create(ACCOUNT)).toEqual(ACCOUNT);
+    expect(await client.create(ACCOUNT)).toMatchObject(ACCOUNT);
     expect(await client.create(ACCOUNT)).toBeUndefined();
     const labelled = { ...ACCOUNT, metadata: { ...ACCOUNT.metadata, labels: { a: "b" } } };
     await client.apply(labelled);

@@ -146,8 +146,10 @@ export class FakeKube implements AsyncDisposable {
     if (verb === "create" && this.objects.has(key)) {
       return failure(409, "AlreadyExists", `${kind} "${object?.metadata.name}" already exists`, { kind });
     }
-    if (object !== undefined) this.objects.set(key, object);
-    return { status: 201, body: object };
+    if (object === undefined) return { status: 201, body: object };
+    this.objects.set(key, object);
+    const uid = `uid-of-${object.metadata.name}`;
+    return { status: 201, body: { ...object, metadata: { ...object.metadata, uid } } };
   }
 }
 
