@@ -45,7 +45,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
           credentialExec: workload.credentialExec,
           runAs: owners.agent,
         },
-        { ca, spiffe, ttlMs: workload.certificateTtlMs },
+        { ca, spiffe, ttlMs: workload.certificateTtlMs, keyKind: workload.keyKind },
         undefined,
         signal,
       );

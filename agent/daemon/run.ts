@@ -370,6 +370,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               ca,
               spiffe,
               ttlMs: workload.certificateTtlMs,
+              keyKind: workload.keyKind,
               folder: paths.identity,
               tokenFile: paths.token,
               credentialExec: workload.credentialExec,

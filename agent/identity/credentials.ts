@@ -1,7 +1,7 @@
 import { type ErrorCode, VmmeshError } from "../core/errors.ts";
 import type { Host, Owner } from "../platform/host.ts";
 import { tokenOfCommand } from "./command.ts";
-import { type CaTarget, type Credential, enroll } from "./enroll.ts";
+import { type Credential, type EnrollOptions, enroll } from "./enroll.ts";
 import { BACKDATED_MS } from "./renew.ts";
 import { isOfRoots, type Svid } from "./svid.ts";
 import { clockOff, readToken, tokenExpired } from "./token.ts";
@@ -83,7 +83,7 @@ export async function readTokenFile(
  */
 export async function enrollByAny(
   sources: CredentialSources,
-  wish: { readonly ca: CaTarget; readonly spiffe: string; readonly ttlMs?: number },
+  wish: Omit<EnrollOptions, "credential">,
   held: Svid | undefined,
   signal: AbortSignal,
 ): Promise<Enrolled> {

@@ -1,4 +1,5 @@
 import "reflect-metadata";
+import { createPrivateKey } from "node:crypto";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   type ControlPlane,
@@ -12,7 +13,7 @@ import { Conditions } from "../health/conditions.ts";
 import { type IdentityStatus, type KeepDeps, keepIdentity } from "./keep.ts";
 import { pause } from "./pause.ts";
 import { untilRenewal } from "./renew.ts";
-import type { Svid } from "./svid.ts";
+import { type Svid, splitPem } from "./svid.ts";
 
 const SPIFFE = "spiffe://cluster.local/ns/default/sa/details";
 const FOLDER = "/var/lib/vmmesh/identity";
@@ -260,6 +261,39 @@ describe("an identity through faults", () => {
     });
     expect(machine.attempts).toBe(before + 1);
     expect(machine.slept.length).toBe(41);
+  });
+
+  test("an RSA key, where that is wished, and each certificate with a key of its own", async () => {
+    const keys: string[] = [];
+    const machine = new Machine(plane, mint(plane));
+    machine.svids.subscribe(({ key }) => keys.push(key), new AbortController().signal);
+    await machine.live(() => machine.status !== undefined, { keyKind: "rsa-2048" });
+    expect(keys.map((key) => createPrivateKey(key).asymmetricKeyType)).toEqual(["rsa", "rsa"]);
+    expect(new Set(keys).size).toBe(2);
+  });
+
+  test("a new root: the certificate of the old one still proves who we are, and both are trusted from then on", async () => {
+    const rotating = await startControlPlane(PLANE);
+    try {
+      const machine = new Machine(rotating, mint(rotating));
+      const { port, serverName, rootCert } = rotating;
+      await machine.live(() => machine.status !== undefined, {
+        ca: async () => {
+          // Between the first certificate and the second; then only the certificate of the old root is left.
+          if (machine.renewed.length === 1) {
+            machine.files.nodes.delete("/token");
+            await rotating.rotateRoot();
+          }
+          return { addresses: ["127.0.0.1"], port, serverName, rootCert, clusterId: "Kubernetes" };
+        },
+      });
+      expect(machine.renewed).toEqual(["token", "certificate"]);
+      const [newer, older] = splitPem(machine.svids.value?.roots ?? "");
+      expect(`${older}\n`).toBe(rootCert);
+      expect(newer).not.toBe(older);
+    } finally {
+      await rotating.stop();
+    }
   });
 
   test("a disk that takes nothing costs no identity", async () => {

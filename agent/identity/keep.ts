@@ -12,6 +12,7 @@ import {
   nextCredential,
   readTokenFile,
 } from "./credentials.ts";
+import type { KeyKind } from "./csr.ts";
 import type { CaTarget } from "./enroll.ts";
 import { pause } from "./pause.ts";
 import { type Accepted, untilRenewal } from "./renew.ts";
@@ -23,6 +24,7 @@ export interface KeepDeps extends CredentialSources {
   ca(): Promise<CaTarget>;
   readonly spiffe: string;
   readonly ttlMs?: number;
+  readonly keyKind?: KeyKind;
   /** Folder of `storeSvid`. */
   readonly folder: string;
   readonly conditions: Conditions;
@@ -121,9 +123,10 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       const ca = await deps.ca();
       roots = ca.rootCert;
       const ttl = deps.ttlMs === undefined ? {} : { ttlMs: deps.ttlMs };
+      const keyKind = deps.keyKind === undefined ? {} : { keyKind: deps.keyKind };
       const { svid, by, ...judged } = await enrollByAny(
         deps,
-        { ca, spiffe: deps.spiffe, ...ttl },
+        { ca, spiffe: deps.spiffe, ...ttl, ...keyKind },
         held,
         signal,
       );

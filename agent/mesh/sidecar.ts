@@ -31,6 +31,7 @@ export interface SidecarSettings {
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
   readonly certificateTtl?: string;
+  readonly keyKind?: string;
   readonly credentialExec?: string;
 }
 
@@ -156,6 +157,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
   SECRET_TTL: {
     setting: "certificateTtl",
     comment: "Lifetime of the certificate to ask for, a minute or more. Unset: 24h.",
+  },
+  VMMESH_KEY_KIND: {
+    setting: "keyKind",
+    comment:
+      "Key of the certificate: ecdsa-p256, or rsa-2048 for peers or a CA that need it. Unset: ecdsa-p256.",
   },
   VMMESH_CREDENTIAL_EXEC: {
     setting: "credentialExec",

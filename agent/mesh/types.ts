@@ -113,6 +113,8 @@ export interface Workload {
   readonly appMetrics: string | undefined;
   /** Lifetime to ask the CA for, in milliseconds; istiod may grant less. */
   readonly certificateTtlMs: number;
+  /** Of the key that is made for each certificate. */
+  readonly keyKind: "ecdsa-p256" | "rsa-2048";
   /** Absolute path of the program that prints a token when certificate and token file do not help; undefined: there is none. */
   readonly credentialExec: string | undefined;
   /** `ISTIO_META_*` keys that are passed on in the node's metadata, without the prefix. */

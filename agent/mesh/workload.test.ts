@@ -92,6 +92,13 @@ describe("the machine's own file", () => {
       own: {},
       want: { envoyPath: "envoy" },
     },
+    { name: "asks for RSA", mesh: {}, own: { VMMESH_KEY_KIND: "rsa-2048" }, want: { keyKind: "rsa-2048" } },
+    {
+      name: "else keys are ECDSA",
+      mesh: { VMMESH_KEY_KIND: "rsa-2048" },
+      own: {},
+      want: { keyKind: "ecdsa-p256" },
+    },
     {
       name: "names the credential command, the mesh cannot",
       mesh: { VMMESH_CREDENTIAL_EXEC: "/tmp/evil" },

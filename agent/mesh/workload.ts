@@ -126,6 +126,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
     appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
     certificateTtlMs: certificateTtlOf(env),
+    keyKind: keyKindOf(sidecarEnv.get("VMMESH_KEY_KIND")),
     credentialExec: credentialExecOf(sidecarEnv.get("VMMESH_CREDENTIAL_EXEC")),
     // istiod makes the inbound listener by this word; without it it is not transparent.
     meta:
@@ -189,6 +190,13 @@ function certificateTtlOf(env: Env): number {
     );
   }
   return ms;
+}
+
+/** @throws {VmmeshError} CONFIG_MALFORMED for another word */
+function keyKindOf(text: string | undefined): Workload["keyKind"] {
+  const kind = text || "ecdsa-p256";
+  if (kind === "ecdsa-p256" || kind === "rsa-2048") return kind;
+  throw malformed("VMMESH_KEY_KIND", "sidecar.env", `is \`${kind}\`, neither ecdsa-p256 nor rsa-2048`);
 }
 
 /** The machine's own file alone says it: the mesh does not say what a machine runs. */
