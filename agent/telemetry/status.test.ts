@@ -27,6 +27,7 @@ const well: StatusSnapshot = {
     inbound: "ports 80, 8443",
     outbound: "10.0.0.0/8",
     repairs: 2,
+    backend: "iptables-nft (Kubernetes keeps its rules there)",
     failurePolicy: ["outbound:10.0.0.0/8:443=closed", "inbound:80=open"],
     counts: { refused: { inbound: 1, outbound: 12 }, bypassed: { inbound: 3, outbound: 0 } },
   },

@@ -416,6 +416,19 @@ const FIRING: readonly { id: string; name: string; evidence: Evidence }[] = [
     },
   },
   {
+    id: "FW013",
+    name: "rules of ours in the other backend",
+    evidence: {
+      ...HEALTHY,
+      saves: [
+        {
+          ...save('*nat\n:ISTIO_OUTPUT - [0:0]\n-A ISTIO_OUTPUT -m comment --comment "vmmesh: x" -j RETURN'),
+          backend: "legacy",
+        },
+      ],
+    },
+  },
+  {
     id: "FW014",
     name: "a detector left empty legacy tables",
     evidence: { ...HEALTHY, legacyTables: ["nat"] },

@@ -3,8 +3,7 @@ import type { FenceRule, Match, Rule } from "../rules.ts";
 
 /** Which programs' tables the rules are in, and why there. */
 export function backendWords(plan: CapturePlan): string {
-  const programs = plan.families.flatMap(({ family }) => plan.programs[family] ?? []);
-  return `${plan.backend === undefined ? "nftables, in tables of its own" : programs.join(" and ")} (${plan.backendWhy})`;
+  return `${plan.backend === undefined ? "nftables, in tables of its own" : plan.programs[4]} (${plan.backendWhy})`;
 }
 
 /** For `vmmesh iptables plan`: what is captured, what is let through and why, what happens when something dies. */
