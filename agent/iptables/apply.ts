@@ -772,7 +772,7 @@ async function readableState(...args: Parameters<typeof readState>): ReturnType<
   }
 }
 
-/** Its plans, for REDIRECT and TPROXY, have every chain, in both families: for finding what is ours when the record is lost. */
+/** Its plans, for each kind of inbound capture, have every chain, in both families: for finding what is ours when the record is lost. */
 const EVERYTHING: CaptureWish = {
   agentUid: 1,
   envoyUid: 1,
@@ -792,16 +792,17 @@ const EVERYTHING: CaptureWish = {
 async function removeUnrecorded(host: Applies): Promise<boolean> {
   const machine = await readMachine(host);
   if (machine.backend === undefined && !machine.nft) return false;
-  const redirect = planCapture(EVERYTHING, machine);
-  const tproxy = planCapture(
-    { ...EVERYTHING, interception: { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } },
-    machine,
+  const tproxy = { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } as const;
+  const plans = ([EVERYTHING.inbound, { kind: "ports", ports: [1] }] as const).flatMap((inbound) =>
+    ([{ mode: "REDIRECT" }, tproxy] as const).map((interception) =>
+      planCapture({ ...EVERYTHING, inbound, interception }, machine),
+    ),
   );
   const plan: CapturePlan = {
-    ...tproxy,
-    families: tproxy.families.map(({ family, rules }, index) => ({
+    ...planCapture({ ...EVERYTHING, interception: tproxy }, machine),
+    families: ([4, 6] as const).map((family) => ({
       family,
-      rules: [...rules, ...(redirect.families[index]?.rules ?? [])],
+      rules: plans.flatMap(({ families }) => families.find((it) => it.family === family)?.rules ?? []),
     })),
   };
   const seen = await readTables(host, plan);
