@@ -80,6 +80,40 @@ describe.each(["nft", "legacy"] as const)("leftovers in iptables-%s", (backend) 
   }, 60_000);
 });
 
+describe("vmmesh iptables clean --leftovers", () => {
+  const clean = async (...options: string[]): Promise<string> => {
+    const { code, stdout, stderr } = await lab.inside([
+      process.execPath,
+      new URL("../../agent/main.ts", import.meta.url).pathname,
+      ...["iptables", "clean", "--leftovers", "--root", `${lab.rulesDir}-root`, ...options],
+    ]);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    return stdout;
+  };
+
+  test("--dry-run names what would go and changes nothing; without it, the same goes", async () => {
+    await lab.insideShell(foreign("nft"));
+    const before = await lab.firewall();
+    await lab.insideShell(peer("nft") + AROUND);
+    const full = [await lab.firewall(), await routing()];
+
+    const rehearsed = JSON.parse(await clean("--dry-run", "--output", "json")) as { found: string[] };
+    expect(rehearsed).toEqual({ found: expect.any(Array), removed: false, foreignUnchanged: true });
+    expect(rehearsed.found).toHaveLength(37);
+    const lines = rehearsed.found.map((line) => `  ${line}`);
+    expect(await clean("--dry-run")).toBe(["would be taken out:", ...lines, ""].join("\n"));
+    expect([await lab.firewall(), await routing()]).toEqual(full);
+
+    expect(await clean()).toBe(
+      ["taken out:", ...lines, "other programs' rules are unchanged", ""].join("\n"),
+    );
+    expect(await lab.firewall()).toEqual(before);
+    expect(await clean("--dry-run")).toBe("nothing of Istio's own tools is here\n");
+    // Neither lock nor directory stays behind.
+    expect(await lab.host.files.list(`${lab.rulesDir}-root/var/lib`)).toEqual([]);
+  }, 60_000);
+});
+
 test("a joined machine keeps vmmesh's own rules in chains of the same names", async () => {
   const rendered = await lab.rendered(WISH);
   const trial = await applyPlan(lab.host, rendered, {
