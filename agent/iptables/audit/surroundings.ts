@@ -197,7 +197,9 @@ async function readUnits(host: Gathers): Promise<Unit[]> {
         id,
         active: value("ActiveState") === "active",
         enabled: value("UnitFileState") === "enabled",
-        after: value("After").split(" "),
+        after: value("After")
+          .split(" ")
+          .filter((name) => name !== ""),
       },
     ];
   });
