@@ -29,12 +29,12 @@ export function lackOf(stderr: string): Lack | undefined {
   if (library !== undefined)
     return {
       sentence: `the iptables of this machine has no extension \`${library}\`, which the rules need`,
-      next: `Install the whole package \`iptables\`, ${OR_NFTABLES}`,
+      next: `Install the whole package \`iptables\`, ${otherwise(library)}`,
     };
   const kernel = /Extension (\S+) (?:revision \d+ )?(?:is )?not supported, missing kernel module/.exec(
     stderr,
   )?.[1];
-  if (kernel !== undefined) return moduleLack(kernel, `xt_${kernel}`, OR_NFTABLES);
+  if (kernel !== undefined) return moduleLack(kernel, `xt_${kernel}`, otherwise(kernel));
   const table = /(?:unable to initialize table|can't initialize ip6?tables table) [`']([^']+)'/.exec(
     stderr,
   )?.[1];
@@ -51,6 +51,12 @@ export function lackOf(stderr: string): Lack | undefined {
 
 const OR_NFTABLES =
   "or take --backend nftables (VMMESH_BACKEND in sidecar.env), which needs none of iptables.";
+
+/** Capture does without this one extension. */
+const otherwise = (extension: string): string =>
+  extension === "comment"
+    ? "or leave the rules' reasons out: --rule-comments off (VMMESH_RULE_COMMENTS=false in sidecar.env)."
+    : OR_NFTABLES;
 
 function moduleLack(what: string, module: string, otherwise: string): Lack {
   return {

@@ -280,6 +280,29 @@ function without(programs: RegExp): Host {
   };
 }
 
+/** The machine's iptables without the library of one extension. */
+async function withoutExtension(extension: string): Promise<Host> {
+  const libraries = join(dirname(lab.rulesDir), "xtables");
+  await lab.outside([
+    "sh",
+    "-ec",
+    `cp -r "$(dirname "$(find /usr/lib* -name libxt_owner.so | head -1)")" ${libraries}; rm ${libraries}/libxt_${extension}.so`,
+  ]);
+  return {
+    ...lab.host,
+    run: (command, signal) =>
+      lab.host.run(
+        {
+          ...command,
+          argv: /tables/.test(command.argv[0])
+            ? ["env", `XTABLES_LIBDIR=${libraries}`, ...command.argv]
+            : command.argv,
+        },
+        signal,
+      ),
+  };
+}
+
 describe("what a machine has not", () => {
   test("ip6tables: the guard captures IPv6 alone", async () => {
     await lab.populate();
@@ -311,25 +334,7 @@ describe("what a machine has not", () => {
     async ({ backend, extension }) => {
       await registerLegacy();
       const before = await everywhere();
-      const libraries = join(dirname(lab.rulesDir), "xtables");
-      await lab.outside([
-        "sh",
-        "-ec",
-        `cp -r "$(dirname "$(find /usr/lib* -name libxt_owner.so | head -1)")" ${libraries}; rm ${libraries}/libxt_${extension}.so`,
-      ]);
-      const host: Host = {
-        ...lab.host,
-        run: (command, signal) =>
-          lab.host.run(
-            {
-              ...command,
-              argv: /tables/.test(command.argv[0])
-                ? ["env", `XTABLES_LIBDIR=${libraries}`, ...command.argv]
-                : command.argv,
-            },
-            signal,
-          ),
-      };
+      const host = await withoutExtension(extension);
       // Where nft is, it hands over, and iptables needs no TPROXY.
       const plan = planCapture(
         { ...WISH, interception: { mode: "TPROXY", routeTable: 133 } },
@@ -339,10 +344,31 @@ describe("what a machine has not", () => {
       await expect(applied).rejects.toMatchObject({
         code: "RULES_REJECTED",
         message: `the iptables of this machine has no extension \`${extension}\`, which the rules need`,
-        next: expect.stringContaining("--backend nftables"),
+        next: expect.stringContaining(extension === "comment" ? "--rule-comments off" : "--backend nftables"),
       });
       expect(await everywhere()).toEqual(before);
       expect(await lab.host.files.readLink(`${lab.rulesDir}/trial`)).toBeUndefined();
+    },
+  );
+
+  test.each(["nft", "legacy"] as const)(
+    "iptables-%s without comment: with the reasons left out it captures, is repaired and removed",
+    async (backend) => {
+      await registerLegacy();
+      await lab.populate();
+      const before = await lab.firewall(backend);
+      const host = await withoutExtension("comment");
+      const facts = { ...(await readMachine(host, backend)), nft: false };
+      const plan = planCapture({ ...WISH, ruleComments: false }, facts);
+      await (await applyPlan(host, renderPlan(plan), options())).confirm();
+      expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
+      const applied = await lab.firewall(backend);
+      await lab.insideShell(`iptables-${backend} -t nat -F OUTPUT`);
+      expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("DIRECT");
+      expect(await loadConfirmed(host, lab.rulesDir)).toMatchObject({ state: "repaired" });
+      expect(await lab.firewall(backend)).toEqual(applied);
+      expect(await removeCapture(host, lab.rulesDir)).toMatchObject({ residue: [], foreignUnchanged: true });
+      expect(await lab.firewall(backend)).toEqual(before);
     },
   );
 
