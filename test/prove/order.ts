@@ -1,0 +1,402 @@
+import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { cpSync } from "node:fs";
+import { createInterface } from "node:readline";
+import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
+import { Lab, type Machine, say, sleep, waitFor } from "../lab/lab.ts";
+import { packageFile } from "../vm/package.ts";
+import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+
+const NAME = "order";
+const VM = "ordervm";
+const OBSERVERS = new URL("order.py", import.meta.url).pathname;
+
+/**
+ * Real programs that write the firewall, restarted at random, while an ordinary user of the machine calls a service by its
+ * ClusterIP. kube-proxy and the network lead to an application that answers whoever comes; only what Envoy has forwarded
+ * carries Envoy's headers. Who times the displacement is outside of vmmesh and asks the kernel every few milliseconds.
+ */
+export const proof: Proof = {
+  name: NAME,
+  about:
+    "kube-proxy, firewalld, Docker, ufw and persons with iptables and nft, at random, under steady requests",
+  async run(scale) {
+    const lab = await Lab.open({ istiodDefaults: false });
+    await cleanNamespace(lab);
+    await lab.removeVm(VM);
+    const ends: (() => Promise<void>)[] = [];
+    try {
+      return await measure(lab, scale, ends);
+    } finally {
+      for (const end of ends.reverse()) await end();
+      await lab.removeVm(VM);
+      await lab.kubectl(["delete", "--ignore-not-found", "node", VM]);
+      await lab.kubectl(["delete", "--ignore-not-found", "service,endpointslice", "order-target"]);
+    }
+  },
+};
+
+/** Somebody who writes the firewall. */
+interface Writer {
+  readonly name: string;
+  readonly does: string;
+  /** As the journal should name it; the tools that everybody uses say no more than that. */
+  readonly is: string;
+  /** All of nf_tables goes, guard and fence too: until they are back, the held fence refuses. */
+  readonly wipes?: true;
+}
+
+const KUBE = "/usr/local/bin/kube-proxy";
+const KUBE_READY =
+  "for i in $(seq 100); do iptables-nft -t nat -S OUTPUT | grep -q KUBE-SERVICES && break; sleep 0.1; done";
+const WRITERS: readonly Writer[] = [
+  {
+    name: "kube-proxy, cleaned up and started",
+    does: `systemctl stop kube-proxy; ${KUBE} --cleanup; systemctl start kube-proxy; ${KUBE_READY}`,
+    is: "kube-proxy",
+  },
+  { name: "kube-proxy, restarted", does: `systemctl restart kube-proxy; ${KUBE_READY}`, is: "kube-proxy" },
+  { name: "firewalld, reloaded", does: "firewall-cmd --reload", is: "firewalld" },
+  { name: "firewalld, restarted", does: "systemctl restart firewalld", is: "firewalld" },
+  { name: "Docker, restarted", does: "systemctl restart docker", is: "docker" },
+  { name: "ufw, reloaded", does: "ufw reload", is: "ufw" },
+  { name: "iptables -t nat -F", does: "iptables -t nat -F", is: "iptables" },
+  {
+    name: "iptables -I OUTPUT 1",
+    does: "iptables -t nat -I OUTPUT 1 -p tcp -j ACCEPT",
+    is: "iptables",
+  },
+  {
+    name: "netfilter-persistent reload (what its plugin runs, replayed: its package conflicts with ufw)",
+    does: "iptables-restore /root/rules.v4",
+    is: "iptables-restor",
+  },
+  { name: "nft flush ruleset", does: "nft flush ruleset", is: "nft", wipes: true },
+  { name: "nftables.service, restarted", does: "systemctl restart nftables", is: "nft", wipes: true },
+];
+/** Of whoever uses them; that it was firewalld that ran iptables-restore, the kernel does not say. */
+const EVERYBODYS = new Set(["iptables", "iptables-restor", "ip6tables", "ip6tables-resto", "nft"]);
+
+interface Said {
+  readonly at: number;
+  readonly what: string;
+}
+
+/** A program whose lines are `TIME WORD`, until it is ended. */
+function observe(argv: readonly string[], ends: (() => Promise<void>)[]): Said[] {
+  const said: Said[] = [];
+  const child = spawn(argv[0] ?? "", argv.slice(1), { stdio: ["ignore", "pipe", "inherit"] });
+  createInterface({ input: child.stdout }).on("line", (line) => {
+    const [at = "", what = ""] = line.split(" ");
+    said.push({ at: Number(at), what });
+  });
+  ends.push(async () => {
+    child.kill("SIGKILL");
+  });
+  return said;
+}
+
+const inMachine = (machine: Machine, ...argv: string[]): string[] => [
+  "nsenter",
+  "-t",
+  String(machine.pid),
+  "-n",
+  ...argv,
+];
+
+async function prepare(lab: Lab): Promise<{ machine: Machine; address: string }> {
+  const machine = await lab.vm(VM, {
+    deb: packageFile(),
+    packages: ["firewalld", "ufw", "docker.io", "podman"],
+  });
+  await defineWorkload(lab, VM, 9080);
+  await lab.apply(`
+apiVersion: v1
+kind: Service
+metadata: {name: order-target, namespace: default}
+spec: {ports: [{name: http, port: 80, targetPort: 9081}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: order-target, namespace: default, labels: {kubernetes.io/service-name: order-target}}
+addressType: IPv4
+ports: [{name: http, port: 9081, protocol: TCP}]
+endpoints: [{addresses: ["${lab.address}"], conditions: {ready: true}}]
+`);
+  // kube-proxy waits half a minute for a node that is not there.
+  await lab.apply(`apiVersion: v1\nkind: Node\nmetadata: {name: ${VM}}\n`);
+  await lab.kubectl([
+    ...["patch", "node", VM, "--subresource=status", "--type=merge", "-p"],
+    JSON.stringify({ status: { addresses: [{ type: "InternalIP", address: machine.ip }] } }),
+  ]);
+  const { stdout: address } = await lab.kubectl([
+    ...["get", "service", "order-target", "-o", "jsonpath={.spec.clusterIP}"],
+  ]);
+  cpSync(await istioctlBundle(lab, VM), `${machine.root}/root/bundle`, { recursive: true });
+  machine.putFile("/etc/kube-proxy.conf", lab.kubeconfigText("admin"), 0o600);
+  machine.putFile(
+    "/etc/systemd/system/kube-proxy.service",
+    `[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=MODE=iptables\nEnvironmentFile=-/run/kube-proxy.mode\nExecStart=${KUBE} --kubeconfig=/etc/kube-proxy.conf --proxy-mode=\${MODE} --cluster-cidr=10.244.0.0/16 --conntrack-max-per-core=0 --hostname-override=${VM}\n`,
+  );
+  // firewalld drops new connections of its own accord while it reloads; what is lost here would not be ours.
+  await machine.exec(
+    "sed -i 's/^#\\?ReloadPolicy=.*/ReloadPolicy=INPUT:ACCEPT,FORWARD:ACCEPT,OUTPUT:ACCEPT/' /etc/firewalld/firewalld.conf; grep -q '^ReloadPolicy' /etc/firewalld/firewalld.conf || echo 'ReloadPolicy=INPUT:ACCEPT,FORWARD:ACCEPT,OUTPUT:ACCEPT' >> /etc/firewalld/firewalld.conf; sed -i 's/^StartLimit.*//' /lib/systemd/system/docker.service; mkdir -p /etc/systemd/system/docker.service.d /etc/systemd/system/docker.socket.d; printf '[Unit]\\nStartLimitIntervalSec=0\\n' | tee /etc/systemd/system/docker.service.d/lab.conf > /etc/systemd/system/docker.socket.d/lab.conf; printf '*nat\\n:PREROUTING ACCEPT\\n:INPUT ACCEPT\\n:OUTPUT ACCEPT\\n:POSTROUTING ACCEPT\\n-A POSTROUTING -s 10.77.0.0/16 -j MASQUERADE\\nCOMMIT\\n' > /root/rules.v4; systemctl daemon-reload",
+  );
+  await machine.exec("vmmesh join --bundle /root/bundle --mesh-cidr 10.96.0.0/16");
+  await machine.exec(
+    "systemctl start firewalld docker kube-proxy; ufw --force enable; ufw default allow incoming",
+  );
+  return { machine, address };
+}
+
+const jumpFirst = (machine: Machine): Promise<true> =>
+  waitFor(
+    "the jump to be first",
+    async () =>
+      /^-P OUTPUT ACCEPT\n-A OUTPUT .*-j ISTIO_OUTPUT\n/.test(
+        `${(await machine.exec("iptables-nft -t nat -S OUTPUT")).stdout}\n`,
+      )
+        ? true
+        : undefined,
+    60_000,
+    20,
+  );
+
+async function measure(lab: Lab, scale: Scale, ends: (() => Promise<void>)[]): Promise<ProofRow[]> {
+  const { machine, address } = await prepare(lab);
+  await lab.exec(["ip", "address", "replace", `${address}/32`, "dev", "lo"]);
+  const app = `import http.server
+class A(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = str(self.headers).lower().encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *words): pass
+class S(http.server.ThreadingHTTPServer): request_queue_size = 512
+import threading
+threading.Thread(target=S(("0.0.0.0", 80), A).serve_forever).start()
+S(("0.0.0.0", 9081), A).serve_forever()`;
+  const target = lab.spawn("order-target", ["/usr/bin/python3", "-c", app]);
+  ends.push(() => target.stop());
+  ends.push(async () => {
+    await lab.exec(["ip", "address", "del", `${address}/32`, "dev", "lo"], { allowFail: true });
+  });
+  const jump = observe(inMachine(machine, "/usr/bin/python3", OBSERVERS, "jump"), ends);
+  const calls = observe(inMachine(machine, "/usr/bin/python3", OBSERVERS, "calls", address), ends);
+  await waitFor(
+    "requests through Envoy",
+    async () => {
+      const last = calls.slice(-20);
+      return last.length === 20 && last.every(({ what }) => what === "envoy") ? true : undefined;
+    },
+    30_000,
+  );
+
+  const restarts = await atRandom(machine, scale === "full" ? 100 : 14, jump, calls);
+  const modes = await otherModes(machine, address, scale === "full" ? 10 : 2, calls);
+  const kept = await foreignKept(machine);
+  return [...restarts, ...modes, ...kept];
+}
+
+const between = (said: readonly Said[], from: number, to: number): Said[] =>
+  said.filter(({ at }) => at >= from && at < to);
+const lost = ({ what }: Said): boolean => what !== "envoy" && what !== "past";
+const percent = (part: number, of: number): number => (of === 0 ? 0 : (100 * part) / of);
+const at = (share: number, values: readonly number[]): number =>
+  [...values].sort((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? 0;
+
+/** Every writer once in turn, then at random: a quick run sees each, a full one each about ten times. */
+async function atRandom(
+  machine: Machine,
+  count: number,
+  jump: readonly Said[],
+  calls: readonly Said[],
+): Promise<ProofRow[]> {
+  const repairs: number[] = [];
+  const named = { right: 0, wrong: 0, unknown: 0 };
+  const after: Said[] = [];
+  const away: Said[] = [];
+  let lostStanding = 0;
+  let refusedWiped = 0;
+  let displaced = 0;
+  for (let round = 0; round < count; round += 1) {
+    const writer = WRITERS[round < WRITERS.length ? round : Math.floor(Math.random() * WRITERS.length)];
+    if (writer === undefined) throw new Error("there is no writer");
+    const from = Date.now();
+    await machine.exec(writer.does, { allowFail: true });
+    await sleep(1500);
+    await jumpFirst(machine);
+    const settled = Date.now();
+    await sleep(500);
+    const to = Date.now();
+    const seen = between(calls, from, to);
+    const changes = between(jump, from, to);
+    const times = changes.flatMap(({ at: when, what }, index) => {
+      const next = changes[index + 1];
+      return what === "displaced" && next !== undefined ? [next.at - when] : [];
+    });
+    repairs.push(...times);
+    after.push(...between(calls, settled, to));
+    away.push(...seen);
+    const gone = seen.filter(lost).length;
+    if (writer.wipes) refusedWiped += gone;
+    else lostStanding += gone;
+    const { stdout } = await machine.exec(
+      `journalctl -u vmmesh-agent -o cat --no-pager --since=@${(from / 1000).toFixed(3)} | grep -o '.* had moved our rules'`,
+      { allowFail: true },
+    );
+    const names = stdout
+      .split("\n")
+      .filter(Boolean)
+      .map((line) => line.replace(" had moved our rules", ""));
+    if (times.length > 0) displaced += 1;
+    for (const [index, name] of (times.length > 0 ? names : []).entries()) {
+      // kube-proxy puts its jump back in front when somebody has taken it out: then it is the next to displace ours.
+      if (name === writer.is || (index > 0 && name === "kube-proxy")) named.right += 1;
+      else if (EVERYBODYS.has(name)) named.unknown += 1;
+      else named.wrong += 1;
+    }
+    if (times.length > 0 && names.length === 0) named.unknown += 1;
+    say(
+      `${writer.name}: ${times.map((ms) => `${ms} ms`).join(", ") || "not displaced"}; by ${names.join(", ") || "nobody"}; ${gone} of ${seen.length} lost ${[...new Set(seen.filter(lost).map(({ what }) => what))].join(" ")}`,
+    );
+  }
+  const told = named.right + named.wrong;
+  return [
+    row(NAME, "restarts and reloads of real firewall programs, at random", count, "rounds"),
+    row(NAME, "rounds in which the jump was displaced", displaced, "rounds", "> 0"),
+    row(
+      NAME,
+      "requests by ClusterIP that reach Envoy after the repair",
+      percent(after.filter(({ what }) => what === "envoy").length, after.length),
+      "%",
+      "= 100",
+    ),
+    row(
+      NAME,
+      "requests past Envoy, displaced or not",
+      away.filter(({ what }) => what === "past").length,
+      "requests",
+      "= 0",
+    ),
+    row(
+      NAME,
+      `requests lost during displacement and repair while the guard stood (firewalld's own ReloadPolicy drop set to ACCEPT), of ${away.length}`,
+      lostStanding,
+      "requests",
+      "= 0",
+    ),
+    row(
+      NAME,
+      "requests refused by the held fence after somebody wiped all of nf_tables",
+      refusedWiped,
+      "requests",
+    ),
+    row(NAME, "from the jump displaced to the jump first again, median", at(0.5, repairs), "ms", "< 100"),
+    row(NAME, "the same, 95th percentile", at(0.95, repairs), "ms"),
+    row(NAME, "who moved it is named right, of those named", percent(named.right, told), "%", ">= 95"),
+    row(
+      NAME,
+      "only a tool that everybody uses is named, of all displacements",
+      percent(named.unknown, told + named.unknown),
+      "%",
+    ),
+  ];
+}
+
+/** kube-proxy with nftables, whose base chains are registered last at each start; and ClusterIPs that are local, as with IPVS. */
+async function otherModes(
+  machine: Machine,
+  address: string,
+  count: number,
+  calls: readonly Said[],
+): Promise<ProofRow[]> {
+  await machine.exec(
+    `systemctl stop kube-proxy; ${KUBE} --cleanup; echo MODE=nftables > /run/kube-proxy.mode`,
+    {
+      allowFail: true,
+    },
+  );
+  const from = Date.now();
+  for (let round = 0; round < count; round += 1) {
+    await machine.exec("systemctl restart kube-proxy");
+    await waitFor("kube-proxy's nftables", async () =>
+      (await machine.exec("nft list chain ip kube-proxy nat-output", { allowFail: true })).code === 0
+        ? true
+        : undefined,
+    );
+    await sleep(1000);
+  }
+  const nft = between(calls, from, Date.now());
+  await machine.exec(
+    "systemctl stop kube-proxy; nft delete table ip kube-proxy; nft delete table ip6 kube-proxy",
+    { allowFail: true },
+  );
+  const vip = Date.now();
+  await machine.exec(`ip address add ${address}/32 dev lo`);
+  await sleep(3000);
+  const local = between(calls, vip, Date.now());
+  await machine.exec(`ip address del ${address}/32 dev lo`);
+  return [
+    row(
+      NAME,
+      `kube-proxy in nftables mode restarted ${count} times under load: requests past Envoy, of ${nft.length}`,
+      nft.filter(({ what }) => what === "past").length,
+      "requests",
+      "= 0",
+    ),
+    row(NAME, "the same: requests lost", nft.filter(lost).length, "requests", "= 0"),
+    row(
+      NAME,
+      `ClusterIP local (stand-in for IPVS, which this kernel lacks): requests past Envoy, of ${local.length}`,
+      local.filter(({ what }) => what === "past").length,
+      "requests",
+      "= 0",
+    ),
+    row(NAME, "the same: requests lost, a loop among them", local.filter(lost).length, "requests", "= 0"),
+  ];
+}
+
+const OURS = /ISTIO_|VMMESH_|vmmesh/;
+
+/** Everybody's rules but ours, in the order in which they stand. */
+async function foreign(machine: Machine): Promise<string> {
+  const { stdout } = await machine.exec(
+    "iptables-nft-save; ip6tables-nft-save; nft -s list table inet firewalld",
+    { allowFail: true },
+  );
+  const lines = stdout
+    .split("\n")
+    .filter(
+      (line) => (line.startsWith("-A") || /^:\S+ - /.test(line) || line.startsWith("\t")) && !OURS.test(line),
+    )
+    .map((line) => line.replace(/ \[\d+:\d+\]/, ""));
+  return createHash("sha256").update(lines.join("\n")).digest("hex");
+}
+
+/** Each writer once with no repair of ours, which then comes by hand: what others wrote is what it was. */
+async function foreignKept(machine: Machine): Promise<ProofRow[]> {
+  await machine.exec(`rm -f /run/kube-proxy.mode; systemctl start kube-proxy; ${KUBE_READY}`);
+  let same = 0;
+  for (const writer of WRITERS) {
+    await machine.exec(
+      "systemctl stop vmmesh-rules.path vmmesh-rules.timer vmmesh-nftmon.service vmmesh-order vmmesh-rules",
+    );
+    await machine.exec(writer.does, { allowFail: true });
+    await sleep(1500);
+    const before = await foreign(machine);
+    await machine.exec("systemctl start vmmesh-order; systemctl start vmmesh-rules");
+    await jumpFirst(machine);
+    if (before === (await foreign(machine))) same += 1;
+    else say(`${writer.name}: others' rules are not what they were`);
+    await machine.exec("systemctl start vmmesh-nftmon.service vmmesh-rules.path vmmesh-rules.timer");
+  }
+  return [
+    row(
+      NAME,
+      "foreign rules with our repair as without it (hash), of all writers",
+      percent(same, WRITERS.length),
+      "%",
+      "= 100",
+    ),
+  ];
+}
