@@ -36,7 +36,6 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
   let waiting = false;
   /** The last who moved them, until we see them put right. */
   let moved: { readonly by: Writer; readonly at: number } | undefined;
-  let repairs: number[] = [];
 
   const request = async (): Promise<void> => {
     waiting = false;
@@ -80,8 +79,7 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
       await ask(now);
       log.debug(`${change.by.program} changed rules beside ours: ${change.line}`);
       if (pace.slow && !wasSlow) void watchDuel().catch(() => undefined);
-      repairs = repairs.filter((at) => now - at < 10 * SECOND_MS);
-      if (pace.slow && repairs.length > 1)
+      if (pace.slow)
         deps.conditions.raise(
           "rules-contested",
           "warning",
@@ -93,7 +91,7 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
     if (moved === undefined) continue;
     const { by, at } = moved;
     moved = undefined;
-    repairs.push(now);
+    pace.repaired(now);
     const name = names.has(by.program) || names.size < MAX_NAMES ? by.program : "other";
     names.add(name);
     deps.onRepaired(name);

@@ -118,22 +118,38 @@ describe("the pace", () => {
     expect([pace.event(1), pace.event(40), pace.event(PACE.apartMs)]).toEqual([99, 60, 0]);
   });
 
-  test("a duel is answered slowly, but always, until it is over", () => {
-    const pace = new Pace();
+  /** Events without end, each repair as soon as it may be. @returns when they were asked for */
+  function storm(pace: Pace, untilMs: number, displaced: boolean): number[] {
     const asked: number[] = [];
     let due = Number.POSITIVE_INFINITY;
-    for (let now = 0; now < 60_000; now += 50) {
+    for (let now = 0; now < untilMs; now += 10) {
       if (now >= due) {
         pace.requested(now);
+        if (displaced) pace.repaired(now);
         asked.push(now);
         due = Number.POSITIVE_INFINITY;
       } else if (due === Number.POSITIVE_INFINITY) due = now + pace.event(now);
     }
+    return asked;
+  }
+
+  test("a duel is answered slowly, but always, until it is over", () => {
+    const pace = new Pace();
+    const asked = storm(pace, 60_000, true);
     expect(asked.filter((at) => at < PACE.withinMs).length).toBeLessThanOrEqual(PACE.duel + 2);
     expect(asked.filter((at) => at >= 20_000 && at < 60_000)).toHaveLength(8);
     expect(pace.slow).toBe(true);
     expect(pace.quiet(60_000)).toBe(false);
     expect(pace.quiet(80_000)).toBe(true);
     expect(pace.event(80_001)).toBe(0);
+  });
+
+  test("who writes much beside us is no duel: looked at less often, and a displacement after it is not late", () => {
+    const pace = new Pace();
+    const asked = storm(pace, 60_000, false);
+    expect(pace.slow).toBe(false);
+    expect(asked.filter((at) => at >= 20_000).length).toBeLessThanOrEqual(40_000 / PACE.busyMs);
+    expect(pace.event(60_000)).toBeLessThanOrEqual(PACE.busyMs);
+    expect(pace.event(71_000)).toBe(0);
   });
 });

@@ -107,9 +107,12 @@ function readEvent(line: string): Event | undefined {
 /** How often a repair may be asked for; milliseconds. */
 export const PACE = {
   apartMs: 100,
-  /** So many requests within this time are a duel: a reload of firewalld, which wipes table by table, brings up to ten. */
-  duel: 20,
+  /** So many requests within this time: somebody writes much, as Docker does when it starts, and need not be against us. */
+  busy: 20,
   withinMs: 10_000,
+  busyMs: 250,
+  /** So many repairs within that time are a duel: a reload of firewalld, which wipes table by table, brings up to four. */
+  duel: 10,
   /** … in which we answer no faster than this, until it has been quiet for `withinMs`. */
   slowMs: 5000,
 } as const;
@@ -117,10 +120,11 @@ export const PACE = {
 /** Decides when to ask for a repair: the first event at once, a duel slowly, never not at all. Pure but for its memory. */
 export class Pace {
   #requests: number[] = [];
+  #repairs: number[] = [];
   #lastEvent = Number.NEGATIVE_INFINITY;
   #slow = false;
 
-  /** True from the request that made it a duel until `withinMs` without an event. */
+  /** True from the event after the repair that made it a duel until `withinMs` without an event. */
   get slow(): boolean {
     return this.#slow;
   }
@@ -129,10 +133,13 @@ export class Pace {
   event(now: number): number {
     this.quiet(now);
     this.#lastEvent = now;
-    this.#requests = this.#requests.filter((at) => now - at < PACE.withinMs);
-    this.#slow ||= this.#requests.length >= PACE.duel;
+    const recent = (at: number): boolean => now - at < PACE.withinMs;
+    this.#requests = this.#requests.filter(recent);
+    this.#repairs = this.#repairs.filter(recent);
+    this.#slow ||= this.#repairs.length >= PACE.duel;
     const last = this.#requests.at(-1) ?? Number.NEGATIVE_INFINITY;
-    return Math.max(0, last + (this.#slow ? PACE.slowMs : PACE.apartMs) - now);
+    const usual = this.#requests.length >= PACE.busy ? PACE.busyMs : PACE.apartMs;
+    return Math.max(0, last + (this.#slow ? PACE.slowMs : usual) - now);
   }
 
   /** A repair was asked for. */
@@ -140,11 +147,17 @@ export class Pace {
     this.#requests.push(now);
   }
 
+  /** Something of ours was displaced, and has been put right. */
+  repaired(now: number): void {
+    this.#repairs.push(now);
+  }
+
   /** @returns true if a duel is over at `now` */
   quiet(now: number): boolean {
     if (!this.#slow || now - this.#lastEvent < PACE.withinMs) return false;
     this.#slow = false;
     this.#requests = [];
+    this.#repairs = [];
     return true;
   }
 }
