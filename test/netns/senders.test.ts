@@ -90,7 +90,9 @@ test.for(ALONE)("$by: a port is captured wherever it leads, and nothing else", a
     },
     facts,
   );
-  await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
+  // Each family has a lease of its own.
+  for (const address of [REMOTE.ip, REMOTE.ip6])
+    await eventually(async () => (await lab.dial(UID.app, address, 80)) === "ENVOY-OUT", 5000);
   await meets([
     [UID.app, REMOTE.ip, 8080, "POD"],
     [UID.app, SERVICE.ip, 80, "DIRECT"],

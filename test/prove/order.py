@@ -13,7 +13,8 @@ def jump():
         rules = [line for line in out.splitlines() if line.startswith("-A")]
         now = "first" if rules and rules[0].endswith("-j ISTIO_OUTPUT") else "displaced"
         if now != last:
-            say(int(time.time() * 1000), now)
+            # Whose jump is in front says whose doing it was, if it is anybody's.
+            say(int(time.time() * 1000), now, rules[0].split()[-1] if rules else "nothing")
             last = now
         time.sleep(0.004)
 

@@ -80,6 +80,8 @@ const EVERYBODYS = new Set(["iptables", "iptables-restor", "ip6tables", "ip6tabl
 interface Said {
   readonly at: number;
   readonly what: string;
+  /** The chain that the first rule jumps to, when the jump is displaced. */
+  readonly ahead: string;
 }
 
 /** A program whose lines are `TIME WORD`, until it is ended. */
@@ -87,8 +89,8 @@ function observe(argv: readonly string[], ends: (() => Promise<void>)[]): Said[]
   const said: Said[] = [];
   const child = spawn(argv[0] ?? "", argv.slice(1), { stdio: ["ignore", "pipe", "inherit"] });
   createInterface({ input: child.stdout }).on("line", (line) => {
-    const [at = "", what = ""] = line.split(" ");
-    said.push({ at: Number(at), what });
+    const [at = "", what = "", ahead = ""] = line.split(" ");
+    said.push({ at: Number(at), what, ahead });
   });
   ends.push(async () => {
     child.kill("SIGKILL");
@@ -249,9 +251,10 @@ async function atRandom(
       .filter(Boolean)
       .map((line) => line.replace(" had moved our rules", ""));
     if (times.length > 0) displaced += 1;
-    for (const [index, name] of (times.length > 0 ? names : []).entries()) {
-      // kube-proxy puts its jump back in front when somebody has taken it out: then it is the next to displace ours.
-      if (name === writer.is || (index > 0 && name === "kube-proxy")) named.right += 1;
+    // kube-proxy puts its jump back in front when somebody has taken it out, in this round or later: the observer saw whose it was.
+    const kube = changes.some(({ ahead }) => ahead.startsWith("KUBE-"));
+    for (const name of times.length > 0 ? names : []) {
+      if (name === writer.is || (kube && name === "kube-proxy")) named.right += 1;
       else if (EVERYBODYS.has(name)) named.unknown += 1;
       else named.wrong += 1;
     }
