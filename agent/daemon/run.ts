@@ -113,12 +113,14 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
 
   // ——— configuration
   let lastRejection: string | undefined;
+  let identityRefused = false;
   let lostAt: Date | undefined = startedAt;
   const onEvent = (event: RelayEvent): void => {
     switch (event.kind) {
       case "connected":
         metrics.xdsConnected.set(1);
         lostAt = undefined;
+        identityRefused = false;
         conditions.clear("control-plane-unreachable");
         log.info(`connected to istiod at ${event.address}`);
         return;
@@ -131,6 +133,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         return;
       case "unreachable":
         metrics.istiodConnectionFailures.inc();
+        identityRefused = event.error.code === "CERT_WRONG_ROOT" || event.error.code === "IDENTITY_REFUSED";
         conditions.raise(
           "control-plane-unreachable",
           "warning",
@@ -375,6 +378,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               tokenFile: paths.token,
               credentialExec: workload.credentialExec,
               conditions,
+              isRefused: () => identityRefused,
               onRenewed: (svid, by) => {
                 metrics.certRenewals.inc({ result: "success" });
                 const not_after = svid.notAfter.toISOString();

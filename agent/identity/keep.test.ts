@@ -27,6 +27,7 @@ class Machine {
   readonly renewed: string[] = [];
   status: IdentityStatus | undefined;
   offsetMs = 0;
+  monotonicOffsetMs = 0;
   slept: number[] = [];
   attempts = 0;
   reachable = true;
@@ -51,7 +52,7 @@ class Machine {
           files: this.files,
           clock: {
             now: () => new Date(Date.now() + this.offsetMs),
-            monotonicMs: () => performance.now(),
+            monotonicMs: () => performance.now() + this.monotonicOffsetMs,
             sleep: async (ms) => {
               this.slept.push(ms);
               if (step(this.slept.length)) this.#stop.abort();
@@ -261,6 +262,22 @@ describe("an identity through faults", () => {
     });
     expect(machine.attempts).toBe(before + 1);
     expect(machine.slept.length).toBe(41);
+  });
+
+  test("a certificate that the control plane refuses is not kept to half of its life, and the CA is not asked in a loop", async () => {
+    const machine = new Machine(plane, mint(plane));
+    await machine.live(
+      (sleeps) => {
+        if (sleeps === 30) {
+          // Refused, but only just renewed.
+          expect(machine.renewed).toEqual(["token", "certificate"]);
+          machine.monotonicOffsetMs = 6 * MINUTE_MS;
+        }
+        return sleeps === 60;
+      },
+      { isRefused: () => true },
+    );
+    expect(machine.renewed).toEqual(["token", "certificate", "certificate"]);
   });
 
   test("an RSA key, where that is wished, and each certificate with a key of its own", async () => {

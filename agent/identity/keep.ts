@@ -28,6 +28,8 @@ export interface KeepDeps extends CredentialSources {
   /** Folder of `storeSvid`. */
   readonly folder: string;
   readonly conditions: Conditions;
+  /** Does the control plane refuse the certificate where it is presented? Then its time of renewal is not waited for. */
+  isRefused?(): boolean;
   onRenewed(svid: Svid, by: CredentialKind): void;
   onFailed(): void;
   onStatus(status: IdentityStatus): void;
@@ -60,6 +62,8 @@ const FRESH_TOKEN =
   "Make a new bundle (`vmmesh bundle create`) and run `vmmesh join --bundle DIR` here once more: it renews the identity and leaves all else as it is.";
 /** A certificate that came by a token is tried this soon: while the token still lives it is known whether it is needed again. */
 const PROVE_WITHIN_MS = MINUTE_MS;
+/** A control plane that refuses each certificate for another reason than its root does not make the CA sign in a loop. */
+const REFUSED_AGAIN_MS = 5 * MINUTE_MS;
 
 /**
  * Keeps the machine's certificate fresh until `signal` aborts. The old one stays in use until it really ends; a failed
@@ -106,6 +110,8 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
   while (!signal.aborted) {
     await takeStored();
     const held = svids.value;
+    const heldMs = clock.monotonicMs() - (accepted?.acceptedMs ?? 0);
+    if (deps.isRefused?.() === true && heldMs > REFUSED_AGAIN_MS) proveAt = clock.monotonicMs();
     const now = clock.now();
     const dueMs = accepted === undefined ? 0 : untilDue(accepted, now, jitter, proveAt, clock.monotonicMs());
     if (dueMs > 0) {
