@@ -776,8 +776,7 @@ async function readableState(...args: Parameters<typeof readState>): ReturnType<
 const EVERYTHING: CaptureWish = {
   agentUid: 1,
   envoyUid: 1,
-  // Not all of them: those the guard captures alone.
-  inbound: { kind: "ports", ports: [9] },
+  inbound: { kind: "all", excludePorts: [] },
   sshPorts: [],
   outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
   meshCidrs: ["192.0.2.0/24"],
@@ -810,7 +809,11 @@ async function removeUnrecorded(host: Applies): Promise<boolean> {
   const ours =
     seen.some((table) => table.own.length > 0 || table.jumps.length > 0) ||
     tables.some((it) => it !== undefined);
-  if (!ours || foreignIstio(seen).length > 0) return false;
+  const foreign = foreignIstio(seen);
+  // Where not one rule carries a comment, our own tables beside them say whose they are.
+  const commented = foreign.length < seen.reduce((sum, { own }) => sum + own.length, 0);
+  const witnessed = !commented && tables.some((it) => it !== undefined);
+  if (!ours || (foreign.length > 0 && !witnessed)) return false;
   const result = await host.run({ argv: ["sh", "-s", "now", LOCK_SECONDS], input: renderUndoScript(plan) });
   if (result.code !== 0) throw await refusal(host, result, "the undo script");
   return true;

@@ -1,6 +1,7 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
+import { linuxHost } from "../../agent/platform/linux.ts";
 import { Lab, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
@@ -47,6 +48,13 @@ test("without comments the rules are ours all the same: applied again, mended, a
 
   await removeCapture(lab.host, lab.rulesDir);
   expect(await lab.firewall()).toEqual(before);
+});
+
+test("the record is lost, too: clean takes out what stands beside our own tables", async () => {
+  await install(false);
+  await linuxHost().files.remove(lab.rulesDir);
+  expect((await removeCapture(lab.host, lab.rulesDir)).removed).toEqual(["rules without a record"]);
+  expect((await lab.firewall()).filter((line) => /ISTIO|VMMESH|vmmesh/.test(line))).toEqual([]);
 });
 
 test("rules that are not in our record are somebody else's", async () => {
