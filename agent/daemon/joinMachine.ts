@@ -96,6 +96,10 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
         rulesDir: paths.rules,
         unit,
       });
+      // The agent's answer renews the lease by which questions are redirected; its own next one is up to a second away.
+      if (workload.dnsCapture)
+        for (const address of ["127.0.0.1", ...(plan.families.length > 1 ? ["::1"] : [])])
+          await answersDns(host, address, signal, PORTS.dns);
       const lost = await firstLost(host, checks, signal);
       if (lost !== undefined) {
         await trial.rollBack();
@@ -166,14 +170,14 @@ async function connectivityChecks(host: Host, paths: Paths): Promise<Check[]> {
 }
 
 /** A query for the root's name servers: every resolver has some reply to it, if only a refusal. */
-async function answersDns(host: Host, server: string, signal: AbortSignal): Promise<boolean> {
+async function answersDns(host: Host, server: string, signal: AbortSignal, port = 53): Promise<boolean> {
   const query = Buffer.from([0x5e, 0x1f, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1]);
   const socket = await host.net.bindUdp(server.includes(":") ? "::" : "0.0.0.0", 0);
   const scope = new AbortController();
   try {
     const answered = new Promise<true>((resolve) => socket.onMessage(() => resolve(true)));
     const late = host.clock.sleep(CHECK_TIMEOUT_MS, AbortSignal.any([signal, scope.signal]));
-    socket.send(query, 53, server);
+    socket.send(query, port, server);
     return await Promise.race([answered, late.then(() => false)]);
   } finally {
     // A timer that runs on would keep `vmmesh join` from ending.
