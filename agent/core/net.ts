@@ -81,6 +81,11 @@ export function parseHostPort(text: string): { host: string; port: number } | un
   return port >= 1 && port <= 65535 ? { host, port } : undefined;
 }
 
+/** An address or prefix as it stands before `:PORT`: IPv6 in brackets, everything else as it is. */
+export function bracketed(host: string): string {
+  return host.includes(":") ? `[${host}]` : host;
+}
+
 /**
  * Loopback and link-local addresses never leave the machine, so they can be nobody's registered address. Nor can those of
  * ::/96 (RFC 4291, 2.5.5.1): Istio's Envoy binds ::6, which our own rules put on lo.

@@ -1,3 +1,4 @@
+import { bracketed } from "../core/net.ts";
 import { PROBE_ADDRESS } from "../core/paths.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import type { CaptureWish, Senders } from "../iptables/plan/wish.ts";
@@ -87,9 +88,7 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
     envoyUid: owners.envoy.uid,
     sshPorts: [],
     dns: workload.dnsCapture ? { servers } : undefined,
-    istiod: target.addresses.map((address) =>
-      address.includes(":") ? `[${address}]:${target.port}` : `${address}:${target.port}`,
-    ),
+    istiod: target.addresses.map((address) => `${bracketed(address)}:${target.port}`),
     keep: [],
   };
 }

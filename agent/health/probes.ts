@@ -2,7 +2,7 @@ import { connect as connectHttp2 } from "node:http2";
 import type { Duplex } from "node:stream";
 import { connect as connectTls } from "node:tls";
 import { messageOf } from "../core/errors.ts";
-import { ipFamily, ipv4Bytes, ipv6Bytes } from "../core/net.ts";
+import { bracketed, ipFamily, ipv4Bytes, ipv6Bytes } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
 import type { Conditions } from "./conditions.ts";
@@ -219,9 +219,8 @@ async function checkHttp(
   check: Extract<ProbeSpec["check"], { kind: "http" }>,
   address: string,
 ): Promise<string | undefined> {
-  const authority = ipFamily(address) === 6 ? `[${address}]` : address;
   const path = check.path.startsWith("/") ? check.path : `/${check.path}`;
-  let url = new URL(`${check.scheme}://${authority}:${check.port}${path}`);
+  let url = new URL(`${check.scheme}://${bracketed(address)}:${check.port}${path}`);
   for (let hop = 0; ; hop += 1) {
     const { status, location } = await getOnce(dial, url, check.headers);
     const target = location === undefined ? undefined : URL.parse(location, url);
@@ -277,8 +276,9 @@ async function checkGrpc(
   address: string,
 ): Promise<string | undefined> {
   const socket = await dial(check.port);
-  const authority = ipFamily(address) === 6 ? `[${address}]` : address;
-  const session = connectHttp2(`http://${authority}:${check.port}`, { createConnection: () => socket });
+  const session = connectHttp2(`http://${bracketed(address)}:${check.port}`, {
+    createConnection: () => socket,
+  });
   return new Promise((resolve, reject) => {
     session.on("error", reject);
     const stream = session.request({

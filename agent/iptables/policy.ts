@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import { coversCidr, parseCidr } from "../core/net.ts";
+import { bracketed, coversCidr, parseCidr } from "../core/net.ts";
 
 /** What happens to a connection that Envoy should carry while Envoy does not answer: it is refused, or it goes direct. */
 export type Failure = "open" | "closed";
@@ -59,8 +59,7 @@ export function parsePolicyRule(text: string): PolicyRule {
 /** As `parsePolicyRule` reads it. */
 export function formatPolicyRule({ direction, to, port, failure }: PolicyRule): string {
   if (direction === "inbound") return `inbound:${port ?? "*"}=${failure}`;
-  const place = to.includes(":") ? `[${to}]` : to;
-  return `outbound:${place}${port === undefined ? "" : `:${port}`}=${failure}`;
+  return `outbound:${bracketed(to)}${port === undefined ? "" : `:${port}`}=${failure}`;
 }
 
 /** Do both speak of the same connections? */

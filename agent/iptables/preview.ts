@@ -1,4 +1,4 @@
-import { ipFamily } from "../core/net.ts";
+import { bracketed, ipFamily } from "../core/net.ts";
 import { PORTS } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
 import { decide } from "./decide.ts";
@@ -308,8 +308,7 @@ function servers(plan: CapturePlan, live: LiveMachine, flows: readonly Flow[]): 
   ];
 }
 
-const at = ({ address, port }: Flow["remote"]): string =>
-  address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+const at = ({ address, port }: Flow["remote"]): string => `${bracketed(address)}:${port}`;
 
 /** For `vmmesh iptables plan` and `vmmesh join --dry-run`. */
 export function describePreview({ flows, effects, notes }: Preview): string {

@@ -1,8 +1,9 @@
 import { VmmeshError } from "../core/errors.ts";
+import { bracketed } from "../core/net.ts";
 import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
 import { readState } from "./apply.ts";
-import type { Finding } from "./audit/finding.ts";
+import { type Finding, finding, REPAIR, type Severity } from "./audit/finding.ts";
 import { type Family, hostCidr } from "./rules.ts";
 
 /**
@@ -84,63 +85,43 @@ export async function probeFamilies(
 
 /** What a probe's result means for an operator. Pure. */
 export function judgeProbe({ family, met, seen }: ProbeResult): Finding[] {
-  const id = "FW046";
-  const address = PROBE_ADDRESS[family];
-  const evidence = [
-    `${address.includes(":") ? `[${address}]` : address}:${PORTS.probe} as uid ${NOBODY}: ${seen}`,
+  const place = `${bracketed(PROBE_ADDRESS[family])}:${PORTS.probe}`;
+  const judged = (severity: Severity, title: string, remedy: string, command = ""): Finding[] => [
+    finding("FW046", severity, title, [`${place} as uid ${NOBODY}: ${seen}`], remedy, command),
   ];
-  const trace = `vmmesh iptables trace --to ${address.includes(":") ? `[${address}]` : address}:${PORTS.probe} --as ${NOBODY}`;
   switch (met) {
     case "envoy":
       return [];
     case "past":
-      return [
-        {
-          id,
-          severity: "critical",
-          title: `a real connection went past Envoy (IPv${family})`,
-          evidence,
-          remedy: "Let trace say at which rule it left the way; repair puts our rules first again.",
-          command: trace,
-        },
-      ];
+      return judged(
+        "critical",
+        `a real connection went past Envoy (IPv${family})`,
+        "Let trace say at which rule it left the way; repair puts our rules first again.",
+        `vmmesh iptables trace --to ${place} --as ${NOBODY}`,
+      );
     case "refused":
-      return [
-        {
-          id,
-          severity: "high",
-          title: `a real connection to the mesh was refused (IPv${family})`,
-          evidence,
-          remedy: "Our rules are not first, and the fence held the connection.",
-          command: "vmmesh iptables repair",
-        },
-      ];
+      return judged(
+        "high",
+        `a real connection to the mesh was refused (IPv${family})`,
+        "Our rules are not first, and the fence held the connection.",
+        REPAIR,
+      );
     case "no listener":
-      return [
-        {
-          id,
-          // istiod gives Envoy [::] listeners only with ISTIO_DUAL_STACK and a dual-stack workload.
-          severity: family === 4 ? "high" : "info",
-          title: `the mesh cannot be reached by IPv${family}: Envoy has no listener for it`,
-          evidence,
-          remedy:
-            family === 4
-              ? "Envoy is down or has no configuration yet; see its unit and the agent's."
-              : "If the mesh is meant to carry IPv6, turn ISTIO_DUAL_STACK on in istiod; until then such calls are refused.",
-          command: family === 4 ? "systemctl status vmmesh-envoy vmmesh-agent" : "",
-        },
-      ];
+      return judged(
+        // istiod gives Envoy [::] listeners only with ISTIO_DUAL_STACK and a dual-stack workload.
+        family === 4 ? "high" : "info",
+        `the mesh cannot be reached by IPv${family}: Envoy has no listener for it`,
+        family === 4
+          ? "Envoy is down or has no configuration yet; see its unit and the agent's."
+          : "If the mesh is meant to carry IPv6, turn ISTIO_DUAL_STACK on in istiod; until then such calls are refused.",
+        family === 4 ? "systemctl status vmmesh-envoy vmmesh-agent" : "",
+      );
     case "no route":
     case "impossible":
-      return [
-        {
-          id,
-          severity: "info",
-          title: `capture could not be proven by a connection (IPv${family})`,
-          evidence,
-          remedy: "The other findings say what the rules look like; nothing was seen to be wrong.",
-          command: "",
-        },
-      ];
+      return judged(
+        "info",
+        `capture could not be proven by a connection (IPv${family})`,
+        "The other findings say what the rules look like; nothing was seen to be wrong.",
+      );
   }
 }

@@ -1,3 +1,4 @@
+import { bracketed } from "../../core/net.ts";
 import type { Host } from "../../platform/host.ts";
 import { tryRun } from "../read.ts";
 import type { Question, TraceReport } from "./trace.ts";
@@ -115,8 +116,7 @@ export function parseLive(
     // The same connection's next packet: it was not answered and is sent again.
     if (index > 0 && table === TRACE_TABLE && chain === "output" && rest.startsWith("packet:")) break;
     const packet = /^packet: .*?\bip6? daddr (\S+) .*?\b(?:tcp|udp) dport (\d+)/.exec(rest);
-    if (packet !== null)
-      destination = `${packet[1]?.includes(":") ? `[${packet[1]}]` : packet[1]}:${packet[2]}`;
+    if (packet !== null) destination = `${bracketed(packet[1] ?? "")}:${packet[2]}`;
     if (table === TRACE_TABLE) {
       if (chain === "postrouting") end = "leaves";
       if (chain === "input") end = "delivered";

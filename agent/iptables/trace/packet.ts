@@ -1,4 +1,4 @@
-import { type Cidr, ipFamily, ipv4Bytes, ipv6Bytes, parseCidr } from "../../core/net.ts";
+import { bracketed, type Cidr, ipFamily, ipv4Bytes, ipv6Bytes, parseCidr } from "../../core/net.ts";
 import type { Family } from "../rules.ts";
 
 /** Numbers from `low` to `high`, both included: an address, a port, a mark, or one of several that cannot be told apart. */
@@ -115,8 +115,7 @@ export interface Packet {
 }
 
 export function endpointText({ address, port }: Endpoint, family: Family): string {
-  const host = addressText(address, family);
-  return `${family === 6 ? `[${host}]` : host}:${spanText(port)}`;
+  return `${bracketed(addressText(address, family))}:${spanText(port)}`;
 }
 
 export function spanText({ low, high }: Span): string {

@@ -1,3 +1,4 @@
+import { bracketed } from "../../core/net.ts";
 import { PORTS } from "../../core/paths.ts";
 import { type Reads, tryRun } from "../read.ts";
 import type { Family } from "../rules.ts";
@@ -131,10 +132,9 @@ function report(question: Question, groups: readonly (readonly Way[])[]): TraceR
   const because = [...new Set(groups.flatMap((group) => group.flatMap((each) => each.because)))];
   const certain = ends.length === 1 && !groups.some((group) => isCut(group));
   const by = "sender" in question.by ? `of ${question.by.label}` : `from ${question.by.from}`;
-  const to = question.to.address.includes(":") ? `[${question.to.address}]` : question.to.address;
   const [only] = ends;
   return {
-    packet: `${question.protocol} ${by} to ${to}:${question.to.port}`,
+    packet: `${question.protocol} ${by} to ${bracketed(question.to.address)}:${question.to.port}`,
     verdict:
       certain && only !== undefined
         ? only.verdict
@@ -151,10 +151,8 @@ export const isCut = (group: readonly Way[]): boolean =>
 
 function ending(way: Way): Ending {
   const { packet, end } = way;
-  const at = (address: bigint, port: bigint): string => {
-    const host = addressText(address, packet.family);
-    return `${packet.family === 6 ? `[${host}]` : host}:${port}`;
-  };
+  const at = (address: bigint, port: bigint): string =>
+    `${bracketed(addressText(address, packet.family))}:${port}`;
   const kinds = {
     rejected: "refused",
     dropped: "dropped",
