@@ -1,7 +1,7 @@
 import { PORTS } from "../../core/paths.ts";
 import { CHAIN, type Family, hostCidr, type Match, REDIRECTED_TO, type Rule, UDP } from "../rules.ts";
 import { senderMatches } from "./senders.ts";
-import { jump, of, owner, to, unique } from "./terms.ts";
+import { jump, of, owner, rulesIn, to, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** A conntrack zone for the agent's own questions, one for those redirected to it: both may have the same 5-tuple (ch. 7.3). */
@@ -28,13 +28,8 @@ export function zoneRules(wish: CaptureWish, family: Family): Rule[] {
   const servers = of(wish.dns?.servers ?? [], family);
   if (servers.length === 0) return [];
   const question: readonly Match[] = [UDP, { is: "toPorts", ports: [53] }];
-  const rule = (chain: string, when: readonly Match[], zone: number, why: string): Rule => ({
-    table: "raw",
-    chain,
-    when,
-    verdict: { do: "zone", zone },
-    why,
-  });
+  const rule = (chain: string, when: readonly Match[], zone: number, why: string): Rule =>
+    rulesIn("raw")(chain, when, { do: "zone", zone }, why);
   const only = senderMatches(wish, "only");
   return [
     ...unique(wish.excludeInterfaces ?? []).map((name) =>

@@ -1,7 +1,7 @@
 import { CHAIN, type Match, type Rule, type Table, TCP } from "../rules.ts";
 import { neverCaptured } from "./exemptions.ts";
 import { inboundFailures, portMatches } from "./failure.ts";
-import { jump, portGroups, RETURN, unique } from "./terms.ts";
+import { jump, portGroups, RETURN, type RuleWords, rulesIn, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** One list of matches for each group of captured ports; one empty list when all are captured; none when nothing is. */
@@ -22,13 +22,7 @@ export function leavesPublished(wish: CaptureWish, native: boolean): boolean {
 
 /** Which inbound connections go to chain `target`, and which are left alone; the same for REDIRECT (nat) and TPROXY (mangle). */
 export function inboundRules(wish: CaptureWish, table: Table, target: string): Rule[] {
-  const rule = (when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table,
-    chain: CHAIN.inbound,
-    when,
-    verdict,
-    why,
-  });
+  const rule = (...of: RuleWords): Rule => rulesIn(table)(CHAIN.inbound, ...of);
   const captured = inboundMatches(wish);
   if (captured.length === 0) return [];
   const left = portGroups(neverCaptured(wish)).map((ports) =>

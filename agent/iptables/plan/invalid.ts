@@ -1,7 +1,7 @@
 import { CHAIN, type Rule, TCP } from "../rules.ts";
 import { neverCaptured } from "./exemptions.ts";
 import { inboundMatches } from "./inbound.ts";
-import { jump, portGroups, RETURN, unique } from "./terms.ts";
+import { jump, portGroups, RETURN, rulesIn, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /**
@@ -12,13 +12,7 @@ import type { CaptureWish } from "./wish.ts";
 export function invalidRules(wish: CaptureWish): Rule[] {
   const captured = inboundMatches(wish);
   if (wish.dropInvalid !== true || captured.length === 0) return [];
-  const rule = (chain: string, when: Rule["when"], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "mangle",
-    chain,
-    when,
-    verdict,
-    why,
-  });
+  const rule = rulesIn("mangle");
   const left =
     wish.inbound.kind === "all" ? unique([...neverCaptured(wish), ...wish.inbound.excludePorts]) : [];
   return [

@@ -1,31 +1,15 @@
 import { PORTS } from "../../core/paths.ts";
-import {
-  CHAIN,
-  type Family,
-  hostCidr,
-  LEASE_ADDRESS,
-  type Match,
-  OPENING,
-  type Rule,
-  TCP,
-  UDP,
-} from "../rules.ts";
+import { CHAIN, type Family, hostCidr, LEASE_ADDRESS, OPENING, type Rule, TCP, UDP } from "../rules.ts";
 import { agentAnswers } from "./dns.ts";
 import { anyOpen } from "./failure.ts";
-import { jump, of, to } from "./terms.ts";
+import { jump, of, type RuleWords, rulesIn, to } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** Table mangle: who keeps the leases alive. Nobody but Envoy may knock at the lease's address. */
 export function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boolean): Rule[] {
   const servers = of(wish.dns?.servers ?? [], family);
   const address = hostCidr(LEASE_ADDRESS[family], family);
-  const rule = (when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "mangle",
-    chain: CHAIN.lease,
-    when,
-    verdict,
-    why,
-  });
+  const rule = (...of: RuleWords): Rule => rulesIn("mangle")(CHAIN.lease, ...of);
   const leased = anyOpen(wish, family);
   const envoy = [
     rule(

@@ -4,12 +4,10 @@ import {
   type Family,
   hostCidr,
   LOOPBACK,
-  type Match,
   OPENING,
   OWN_PORTS,
   PASSTHROUGH,
   type Rule,
-  type Table,
   TCP,
   UDP,
 } from "../rules.ts";
@@ -17,7 +15,7 @@ import { exemptions } from "./exemptions.ts";
 import { type Outbound, outboundFailures, outboundMatches } from "./failure.ts";
 import { inboundMatches, inboundRules, leavesPublished } from "./inbound.ts";
 import { senderMatches } from "./senders.ts";
-import { jump, LO_OUT, of, owner, RETURN, to } from "./terms.ts";
+import { jump, LO_OUT, of, owner, RETURN, type RuleWords, rulesIn, to } from "./terms.ts";
 import { tproxies } from "./tproxy.ts";
 import type { CaptureWish } from "./wish.ts";
 
@@ -31,13 +29,7 @@ export function natRules(wish: CaptureWish, family: Family, native: boolean): Ru
   const captured = only.length === 0 ? CHAIN.output : CHAIN.scope;
   // Whoever dials the probe's address asks whether capture works at all.
   const isProbe = ({ to: place }: Outbound): boolean => place === hostCidr(PROBE_ADDRESS[family], family);
-  const rule = (chain: string, when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "nat",
-    chain,
-    when,
-    verdict,
-    why,
-  });
+  const rule = rulesIn("nat");
   const selfCall = inboundMatches(wish).map((when) =>
     rule(
       CHAIN.output,
@@ -54,13 +46,6 @@ export function natRules(wish: CaptureWish, family: Family, native: boolean): Ru
     RETURN,
     "Envoy's inbound side reaches the application in the client's name, with this mark",
   );
-  const hook = (table: Table, chain: string, when: readonly Match[], target: string, why: string): Rule => ({
-    table,
-    chain,
-    when,
-    verdict: jump(target),
-    why,
-  });
   return [
     rule(
       CHAIN.redirect,
@@ -156,31 +141,24 @@ export function natRules(wish: CaptureWish, family: Family, native: boolean): Ru
     ...(!byTproxy && inboundMatches(wish).length > 0
       ? [
           {
-            ...hook(
-              "nat",
+            ...rule(
               "PREROUTING",
               [TCP, { is: "toThisMachine" }],
-              CHAIN.inbound,
+              jump(CHAIN.inbound),
               "inbound connections to this machine, never forwarded ones",
             ),
             ...(late ? { late: true as const, guardOnly: true as const } : {}),
           },
         ]
       : []),
-    hook("nat", "OUTPUT", [], CHAIN.output, "outbound connections of this machine, ahead of KUBE-SERVICES"),
+    rule("OUTPUT", [], jump(CHAIN.output), "outbound connections of this machine, ahead of KUBE-SERVICES"),
   ];
 }
 
 /** Where an open destination is followed by a wider closed one, it leaves before that while Envoy does not answer. */
 export function outboundRedirect(cell: Outbound, chain: string): Rule[] {
   const when = outboundMatches(cell);
-  const rule = (matches: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "nat",
-    chain,
-    when: matches,
-    verdict,
-    why,
-  });
+  const rule = (...of: RuleWords): Rule => rulesIn("nat")(chain, ...of);
   if (cell.failure === "closed")
     return [
       rule(

@@ -1,7 +1,7 @@
 import { PORTS } from "../../core/paths.ts";
 import { CHAIN, OPENING, type Rule, TCP } from "../rules.ts";
 import { inboundMatches, inboundRules, leavesPublished } from "./inbound.ts";
-import { jump, LO_OUT, owner } from "./terms.ts";
+import { jump, LO_OUT, owner, rulesIn } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** Is anything captured inbound, and by TPROXY? */
@@ -19,13 +19,7 @@ export function tproxies(wish: CaptureWish): boolean {
  */
 export function tproxyRules(wish: CaptureWish, native: boolean): Rule[] {
   if (!tproxies(wish)) return [];
-  const rule = (chain: string, when: Rule["when"], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "mangle",
-    chain,
-    when,
-    verdict,
-    why,
-  });
+  const rule = rulesIn("mangle");
   const handingOver = [
     rule(
       CHAIN.tproxy,

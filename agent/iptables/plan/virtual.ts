@@ -2,7 +2,7 @@ import { CHAIN, type Family, type Match, type Rule, TCP } from "../rules.ts";
 import { exemptions } from "./exemptions.ts";
 import { outboundFailures } from "./failure.ts";
 import { outboundRedirect } from "./nat.ts";
-import { jump, RETURN, unique } from "./terms.ts";
+import { jump, RETURN, rulesIn, unique } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** What PREROUTING knows nothing of: who has sent it, and where it will go out. */
@@ -16,13 +16,7 @@ const unknownOnArrival = (match: Match): boolean =>
 export function virtualRules(wish: CaptureWish, family: Family): Rule[] {
   const cells = outboundFailures(wish, family);
   if (!wish.virtualInterfaces?.length || cells.length === 0) return [];
-  const rule = (chain: string, when: readonly Match[], verdict: Rule["verdict"], why: string): Rule => ({
-    table: "nat",
-    chain,
-    when,
-    verdict,
-    why,
-  });
+  const rule = rulesIn("nat");
   return [
     ...exemptions(wish, family)
       .filter(({ when }) => !when.some(unknownOnArrival))
