@@ -1,5 +1,6 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, Files, Host } from "../platform/host.ts";
+import { UNITS } from "../platform/services.ts";
 import { findOurs } from "./elsewhere.ts";
 import { lackOf } from "./lack.ts";
 import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
@@ -70,7 +71,6 @@ export interface PrintedTable {
 }
 
 const ROLLBACK_UNIT = "vmmesh-rollback";
-const HOLD_UNIT = "vmmesh-hold.service";
 const PRIVATE = { mode: 0o600 } as const;
 /** So long a person waits for iptables-legacy's lock; the timer waits for as long as it takes. */
 const LOCK_SECONDS = "10";
@@ -490,7 +490,7 @@ async function confirm(
   }
   await stopTimer(host, unit);
   // What it holds is of the former generation. It does not wait for the target, which a first join starts later.
-  if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "restart", HOLD_UNIT] });
+  if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "restart", UNITS.hold] });
   if (former !== undefined && former !== generation) {
     await carryMarks(host.files, `${rulesDir}/${former}`, `${rulesDir}/${generation}`);
     await host.files.remove(`${rulesDir}/${former}`);

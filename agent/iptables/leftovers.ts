@@ -4,7 +4,7 @@ import { type ParsedRule, type ParsedTable, parseSave } from "./parse.ts";
 import type { Backend } from "./plan/wish.ts";
 import { tryRun } from "./read.ts";
 import { refusal } from "./refusal.ts";
-import { COMMENT_PREFIX, type Family } from "./rules.ts";
+import { type Family, isOurs } from "./rules.ts";
 
 /** What Istio's own tools have left on this machine, and the commands that take it out. */
 export interface Leftovers {
@@ -35,7 +35,6 @@ const REJECT_ALL = [
 /** Programs that put such rules (back) into force. */
 const OWNERS = /^(pilot-agent|istio-iptables|ztunnel|install-cni)$/;
 
-const isOurs = ({ comment }: ParsedRule): boolean => comment?.startsWith(COMMENT_PREFIX.trim()) === true;
 const has = ({ words }: ParsedRule, ...wanted: string[]): boolean =>
   wanted.every((word) => words.includes(word));
 

@@ -16,7 +16,7 @@ import type { Backend, BackendWish, MachineFacts } from "./plan/wish.ts";
 import type { CapturePlan, FamilyPlan } from "./plan.ts";
 import { refusal } from "./refusal.ts";
 import { ownChains, type SeenJump, TABLES, tableRules } from "./render.ts";
-import { COMMENT_PREFIX, type Family, HOOKS, type Table } from "./rules.ts";
+import { type Family, HOOKS, isOurLine, type Table } from "./rules.ts";
 
 type Runs = Pick<Host, "run">;
 export type Reads = Pick<Host, "run" | "files">;
@@ -320,7 +320,7 @@ export function foreignIstio(
 ): string[] {
   return seen.flatMap((table) =>
     table.own
-      .filter((line) => !line.includes(`"${COMMENT_PREFIX}`) && !recorded.has(line))
+      .filter((line) => !isOurLine(line) && !recorded.has(line))
       .map((line) => `${table.table} (IPv${table.family}): ${line}`),
   );
 }

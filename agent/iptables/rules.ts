@@ -135,6 +135,16 @@ export interface FenceRule {
 export const MAX_WHY = 110;
 export const COMMENT_PREFIX = "vmmesh: ";
 
+/** Does a parsed rule carry our comment? */
+export function isOurs({ comment }: { readonly comment: string | undefined }): boolean {
+  return comment?.startsWith(COMMENT_PREFIX) === true;
+}
+
+/** The same of a line as `iptables -S` prints it. */
+export function isOurLine(line: string): boolean {
+  return line.includes(`"${COMMENT_PREFIX}`);
+}
+
 /** Our own listeners: never captured, neither from outside nor through loopback. */
 export const OWN_PORTS: readonly number[] = [
   PORTS.outbound,

@@ -1,5 +1,4 @@
 import type { SeenTable } from "../read.ts";
-import { COMMENT_PREFIX } from "../rules.ts";
 
 export type Severity = "critical" | "high" | "medium" | "low" | "info";
 
@@ -46,5 +45,3 @@ export function when(evidence: readonly string[], make: (evidence: readonly stri
 
 /** Table and family, for evidence. */
 export const place = (seen: SeenTable): string => `${seen.table} (IPv${seen.family})`;
-/** Does a printed rule carry our comment? */
-export const isOurs = (line: string): boolean => line.includes(`"${COMMENT_PREFIX}`);

@@ -1,9 +1,9 @@
 import type { GenerationFile } from "../apply.ts";
 import type { CapturePlan } from "../plan.ts";
 import { tableRules } from "../render.ts";
-import { isHook } from "../rules.ts";
+import { isHook, isOurLine } from "../rules.ts";
 import type { Evidence } from "./evidence.ts";
-import { type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
+import { type Finding, finding, place, REPAIR, when } from "./finding.ts";
 import { guardInForce } from "./inForce.ts";
 
 /** The ISTIO_* chains against the record of what was applied. */
@@ -33,7 +33,7 @@ export function orderFindings(
     return [
       ...wanted.filter((line) => !seen.own.includes(line)).map((line) => `${place(seen)} lacks: ${line}`),
       ...seen.own
-        .filter((line) => isOurs(line) && !wanted.includes(line))
+        .filter((line) => isOurLine(line) && !wanted.includes(line))
         .map((line) => `${place(seen)} has: ${line}`),
       ...(wanted.length === seen.own.length &&
       wanted.every((line) => seen.own.includes(line)) &&

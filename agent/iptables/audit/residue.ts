@@ -1,6 +1,7 @@
 import { oursIn } from "../elsewhere.ts";
+import { isOurLine } from "../rules.ts";
 import type { Evidence } from "./evidence.ts";
-import { APPLY, type Finding, finding, isOurs, place, REPAIR, when } from "./finding.ts";
+import { APPLY, type Finding, finding, place, REPAIR, when } from "./finding.ts";
 
 /** Nobody can say whose an empty chain was; it captures nothing. */
 const isEmptyChain = (line: string): boolean => line.includes("empty chain");
@@ -20,14 +21,14 @@ function elsewhere({ confirmed, saves }: Evidence): string[] {
 /** What can be wrong whether or not this machine is joined. */
 export function residueFindings(evidence: Evidence): Finding[] {
   const recorded = new Set((evidence.confirmed?.printed ?? []).flatMap(({ own }) => own));
-  const strayOurs = evidence.strayRules.filter((line) => isOurs(line) || isEmptyChain(line));
+  const strayOurs = evidence.strayRules.filter((line) => isOurLine(line) || isEmptyChain(line));
   const foreign = [
     ...evidence.strayRules,
     ...evidence.tables.flatMap((seen) =>
       // Without comments the record alone tells what is ours.
       seen.own.filter((line) => !recorded.has(line)).map((line) => `${place(seen)}: ${line}`),
     ),
-  ].filter((line) => !isOurs(line) && !isEmptyChain(line));
+  ].filter((line) => !isOurLine(line) && !isEmptyChain(line));
   const { nft, legacy } = evidence.backends;
   return [
     ...when(strayOurs, (lines) =>

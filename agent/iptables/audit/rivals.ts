@@ -1,11 +1,12 @@
+import { UNITS } from "../../platform/services.ts";
 import { HELD_TABLE } from "../nft.ts";
 import type { CapturePlan } from "../plan.ts";
 import type { Evidence, Surroundings } from "./evidence.ts";
 import { type Finding, finding, when } from "./finding.ts";
 
 /** Units that put our rules right, or hold them, at boot. */
-const OURS_AT_BOOT = ["vmmesh-fence.service", "vmmesh-rules.service"];
-const LISTENER = "vmmesh-nftmon.service";
+const OURS_AT_BOOT: readonly string[] = [UNITS.fence, UNITS.repairRun];
+const LISTENER = UNITS.monitor;
 /** So many repairs in ten minutes are no accident. */
 const FLAPPING = 3;
 
@@ -57,7 +58,7 @@ export function heldFindings({ around, baseChains }: Evidence, plan: CapturePlan
       "the second fence, which stands through `nft flush ruleset`, is not held",
       lines,
       "Its process has ended, or was never started; until it runs, a wipe of the whole ruleset opens the mesh until the repair.",
-      "systemctl restart vmmesh-hold.service",
+      `systemctl restart ${UNITS.hold}`,
     ),
   );
 }
@@ -94,7 +95,7 @@ export function rivalFindings(evidence: Evidence, plan: CapturePlan): Finding[] 
             : "another program wipes tables when it starts or reloads",
           lines,
           "Let it load its own tables only, or start vmmesh's listener for changes.",
-          heard ? "" : "systemctl start vmmesh-nftmon.service",
+          heard ? "" : `systemctl start ${LISTENER}`,
         ),
     ),
     ...(first === undefined
@@ -106,7 +107,7 @@ export function rivalFindings(evidence: Evidence, plan: CapturePlan): Finding[] 
             "at boot our rules may be loaded first and wiped then",
             late.map(({ unit }) => `neither ${OURS_AT_BOOT.join(" nor ")} is ordered after ${unit}`),
             "Order ours after it.",
-            `install -d /etc/systemd/system/vmmesh-rules.service.d && printf '[Unit]\\nAfter=${late.map(({ unit }) => unit).join(" ")}\\n' >/etc/systemd/system/vmmesh-rules.service.d/after.conf && systemctl daemon-reload`,
+            `install -d /etc/systemd/system/${UNITS.repairRun}.d && printf '[Unit]\\nAfter=${late.map(({ unit }) => unit).join(" ")}\\n' >/etc/systemd/system/${UNITS.repairRun}.d/after.conf && systemctl daemon-reload`,
           ),
         ]),
     ...(around.repairs.length < FLAPPING

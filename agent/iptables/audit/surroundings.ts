@@ -1,5 +1,6 @@
 import { VmmeshError } from "../../core/errors.ts";
 import type { Command, CommandResult, Host } from "../../platform/host.ts";
+import { UNITS } from "../../platform/services.ts";
 import { parseSave } from "../parse.ts";
 import { legacyTables, tryRun } from "../read.ts";
 import type { Save, Surroundings, Unit } from "./evidence.ts";
@@ -229,7 +230,7 @@ async function firewalldVersion(host: Gathers): Promise<string | undefined> {
 async function recentRepairs(host: Gathers): Promise<string[][]> {
   const lines = await quick(host, [
     ...(["journalctl", "-q", "-o", "json", "--since=-10min"] as const),
-    ...["--output-fields=MESSAGE,_SYSTEMD_INVOCATION_ID", "-u", "vmmesh-rules.service"],
+    ...["--output-fields=MESSAGE,_SYSTEMD_INVOCATION_ID", "-u", UNITS.repairRun],
   ]);
   const runs = new Map<string, string[]>();
   for (const line of (lines ?? "").split("\n")) {

@@ -2,7 +2,7 @@ import { coversCidr, parseCidr } from "../../core/net.ts";
 import { PORTS } from "../../core/paths.ts";
 import type { ParsedRule, ParsedTable } from "../parse.ts";
 import type { CapturePlan } from "../plan.ts";
-import { CHAIN, COMMENT_PREFIX, TPROXY_MARK } from "../rules.ts";
+import { CHAIN, isOurs, TPROXY_MARK } from "../rules.ts";
 import { capturesInbound } from "./captured.ts";
 import type { Evidence } from "./evidence.ts";
 import { type Finding, finding, when } from "./finding.ts";
@@ -136,7 +136,7 @@ function markConflicts({ saves, around }: Evidence, plan: CapturePlan): string[]
   const rules = saves.flatMap(({ family, tables }) =>
     tables.flatMap(({ name, rules: all }) =>
       all
-        .filter(({ comment }) => comment?.startsWith(COMMENT_PREFIX.trim()) !== true)
+        .filter((rule) => !isOurs(rule))
         .filter((rule) => {
           const set = option(rule, "--set-xmark", "--tproxy-mark");
           if (set !== undefined) {

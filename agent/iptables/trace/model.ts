@@ -1,4 +1,4 @@
-import { COMMENT_PREFIX, type Family } from "../rules.ts";
+import type { Family } from "../rules.ts";
 import { isUnknown, type Packet, type Span, type Tri, type Value } from "./packet.ts";
 
 /** Netfilter's places, in the order in which a packet can meet them. */
@@ -181,8 +181,4 @@ export function addressType(world: World, family: Family, address: bigint): Valu
   const route = world.route({ family, to: address });
   if (route === undefined) return { unknown: "what kind of address it is" };
   return route.refused === undefined ? route.type : "unicast";
-}
-
-export function isOurs(rule: TraceRule): boolean {
-  return rule.comment?.startsWith(COMMENT_PREFIX) ?? false;
 }

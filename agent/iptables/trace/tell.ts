@@ -1,7 +1,6 @@
 import { PORTS } from "../../core/paths.ts";
 import { ownerOfChain } from "../parse.ts";
-import { COMMENT_PREFIX } from "../rules.ts";
-import { isOurs } from "./model.ts";
+import { COMMENT_PREFIX, isOurs } from "../rules.ts";
 import { endpointText, type Packet } from "./packet.ts";
 import type { Hop, Way } from "./walk.ts";
 
