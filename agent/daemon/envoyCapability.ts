@@ -1,5 +1,6 @@
 import type { Paths } from "../core/paths.ts";
 import type { Workload } from "../mesh/types.ts";
+import { setDropIn } from "../platform/dropIn.ts";
 import type { Host } from "../platform/host.ts";
 import type { Services } from "../platform/services.ts";
 
@@ -50,21 +51,7 @@ export async function grantEnvoy(
   const { files } = host;
   const wanted = envoyCapabilities(mode, (await files.readText("/proc/sys/kernel/osrelease")) ?? "");
   const text = wanted.length === 0 ? undefined : renderDropIn(wanted);
-  const path = paths.envoyDropIn;
-  if ((await files.readText(path)) === text) return false;
-  if (text === undefined) await removeDropIn(files, path);
-  else {
-    await files.makeDir(folderOf(path), { mode: 0o755 });
-    await files.writeAtomic(path, text, { mode: 0o644 });
-  }
+  if (!(await setDropIn(files, paths.envoyDropIn, text))) return false;
   await services.reload();
   return true;
 }
-
-/** The folder goes with it, unless somebody else keeps a drop-in there. */
-async function removeDropIn(files: Host["files"], path: string): Promise<void> {
-  await files.remove(path);
-  if ((await files.list(folderOf(path)))?.length === 0) await files.remove(folderOf(path));
-}
-
-const folderOf = (path: string): string => path.slice(0, path.lastIndexOf("/"));

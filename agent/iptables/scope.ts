@@ -1,4 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
+import { setDropIn } from "../platform/dropIn.ts";
 import type { Files, Host } from "../platform/host.ts";
 import { FENCE_TABLE, guardTable } from "./nft.ts";
 import { levelOf } from "./plan/senders.ts";
@@ -95,11 +96,7 @@ export async function addDropIns(
   ].join("\n");
   let changed = false;
   for (const service of new Set((plan.units ?? []).flatMap(starters))) {
-    const folder = `${SYSTEM_UNITS}/${service}.d`;
-    if ((await host.files.readText(`${folder}/${DROP_IN}`)) === text) continue;
-    if ((await host.files.stat(folder)) === undefined) await host.files.makeDir(folder, { mode: 0o755 });
-    await host.files.writeAtomic(`${folder}/${DROP_IN}`, text, { mode: 0o644 });
-    changed = true;
+    if (await setDropIn(host.files, `${SYSTEM_UNITS}/${service}.d/${DROP_IN}`, text)) changed = true;
   }
   if (changed) await reload(host);
 }
@@ -116,12 +113,8 @@ export async function pruneDropIns(
   const kept = (plan.units ?? []).flatMap(starters).map((service) => `${service}.d`);
   let changed = false;
   for (const name of (await host.files.list(SYSTEM_UNITS)) ?? []) {
-    const folder = `${SYSTEM_UNITS}/${name}`;
     if (!name.endsWith(".service.d") || kept.includes(name)) continue;
-    if ((await host.files.stat(`${folder}/${DROP_IN}`)) === undefined) continue;
-    await host.files.remove(`${folder}/${DROP_IN}`);
-    if ((await host.files.list(folder))?.length === 0) await host.files.remove(folder);
-    changed = true;
+    if (await setDropIn(host.files, `${SYSTEM_UNITS}/${name}/${DROP_IN}`, undefined)) changed = true;
   }
   if (changed) await reload(host);
 }
