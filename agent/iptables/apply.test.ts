@@ -1,33 +1,14 @@
 import { describe, expect, test } from "vitest";
+import { MACHINE as MODERN, WISH } from "../../test/fakes/capture.ts";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
 import { applyPlan, covers, loadConfirmed, removeCapture, tableDrift, takeBackTrial } from "./apply.ts";
-import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
+import type { MachineFacts } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
 import { renderPlan } from "./render.ts";
 
-const MACHINE: MachineFacts = {
-  backend: "nft",
-  backendWhy: "",
-  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
-  nft: true,
-  ipv6: true,
-  dnsTimeouts: false,
-  sshPorts: [22],
-};
-const WISH: CaptureWish = {
-  agentUid: 990,
-  envoyUid: 989,
-  inbound: { kind: "ports", ports: [9000] },
-  sshPorts: [],
-  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
-  meshCidrs: ["10.96.0.0/12"],
-  dns: undefined,
-  ipv6: true,
-  istiod: [],
-  keep: [],
-};
+const MACHINE: MachineFacts = { ...MODERN, dnsTimeouts: false };
 
 /** A kernel without any rules that takes whatever it is given, except what `refuse` names. */
 function machine(refuse: (argv: readonly string[]) => boolean = () => false) {

@@ -1,29 +1,15 @@
 import { describe, expect, test } from "vitest";
+import { MACHINE, WISH as USUAL } from "../../test/fakes/capture.ts";
 import { parseListeners } from "./parse.ts";
-import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
+import type { CaptureWish } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
 import { describePreview, type LiveMachine, parseFlows, parseNetworkMounts, preview } from "./preview.ts";
 
-const MACHINE: MachineFacts = {
-  backend: "nft",
-  backendWhy: "",
-  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
-  nft: true,
-  ipv6: true,
-  dnsTimeouts: true,
-  sshPorts: [22],
-};
 const WISH: CaptureWish = {
-  agentUid: 990,
-  envoyUid: 989,
+  ...USUAL,
   inbound: { kind: "ports", ports: [9080] },
-  sshPorts: [],
   outbound: { cidrs: ["*"], excludeCidrs: ["10.7.0.0/16"], excludePorts: [] },
-  meshCidrs: ["10.96.0.0/12"],
-  dns: undefined,
-  ipv6: true,
   istiod: ["10.99.0.2:15012"],
-  keep: [],
 };
 const PLAN = planCapture(WISH, MACHINE);
 

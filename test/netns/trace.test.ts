@@ -3,12 +3,12 @@ import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan } from "../../agent/iptables/apply.ts";
 import { TRACE_TABLE, traceLive } from "../../agent/iptables/trace/live.ts";
 import { type Question, traceStatic } from "../../agent/iptables/trace/trace.ts";
+import { quick } from "../prove/lane.ts";
 import { proof } from "../prove/trace.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 test("what the walk says is what the kernel does (quick scale of the proof)", async () => {
-  const rows = await proof.run("quick");
-  expect(rows.filter(({ holds }) => !holds)).toEqual([]);
+  await quick(proof);
 });
 
 describe("on a machine with capture", () => {

@@ -17,7 +17,7 @@ const { values } = parseArgs({
 requireRoot();
 const scale: Scale = values.quick ? "quick" : "full";
 const names = readdirSync(new URL(".", import.meta.url))
-  .filter((file) => file.endsWith(".ts") && !["main.ts", "proof.ts"].includes(file))
+  .filter((file) => file.endsWith(".ts") && !["lane.ts", "main.ts", "proof.ts"].includes(file))
   .map((file) => file.slice(0, -".ts".length));
 const only = values.only?.split(",");
 const unknown = only?.find((name) => !names.includes(name));

@@ -1,7 +1,8 @@
 import { describe, expect, test } from "vitest";
+import { MACHINE, WISH as USUAL } from "../../../test/fakes/capture.ts";
 import type { BackendEvidence } from "../backend.ts";
 import { type ParsedRule, parseListeners, parseRule, parseRules, parseSave } from "../parse.ts";
-import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
+import type { CaptureWish } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
 import type { SeenTable } from "../read.ts";
 import { renderRule, tableRules } from "../render.ts";
@@ -13,27 +14,7 @@ import { inputVerdict } from "./input.ts";
 import { mismatchFindings } from "./mismatch.ts";
 import { NOTHING_AROUND } from "./surroundings.ts";
 
-const MACHINE: MachineFacts = {
-  backend: "nft",
-  backendWhy: "",
-  programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
-  nft: true,
-  ipv6: true,
-  dnsTimeouts: true,
-  sshPorts: [22],
-};
-const WISH: CaptureWish = {
-  agentUid: 990,
-  envoyUid: 989,
-  inbound: { kind: "ports", ports: [9000] },
-  sshPorts: [],
-  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
-  meshCidrs: ["10.96.0.0/12"],
-  dns: { servers: ["127.0.0.53"] },
-  ipv6: true,
-  istiod: [],
-  keep: [],
-};
+const WISH: CaptureWish = { ...USUAL, dns: { servers: ["127.0.0.53"] } };
 
 /** What `readTables` finds right after the plan was applied. */
 function asApplied(plan = planCapture(WISH, MACHINE)): SeenTable[] {

@@ -1,7 +1,8 @@
 import { expect, test } from "vitest";
+import { MACHINE_V4 as MACHINE, WISH as USUAL } from "../../../test/fakes/capture.ts";
 import { evidenceOf } from "../backend.ts";
 import { parseBaseChains, parseListeners, parseSave } from "../parse.ts";
-import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
+import type { CaptureWish } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
 import { renderTable, TABLES } from "../render.ts";
 import { judge } from "./audit.ts";
@@ -232,27 +233,7 @@ COMMIT
   },
 ];
 
-const WISH: CaptureWish = {
-  agentUid: 990,
-  envoyUid: 989,
-  inbound: { kind: "ports", ports: [9000] },
-  sshPorts: [],
-  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
-  meshCidrs: ["10.96.0.0/12"],
-  dns: { servers: ["127.0.0.53"] },
-  ipv6: false,
-  istiod: [],
-  keep: [],
-};
-const MACHINE: MachineFacts = {
-  backend: "nft",
-  backendWhy: "",
-  programs: { 4: "iptables-nft", 6: undefined },
-  nft: true,
-  ipv6: false,
-  dnsTimeouts: true,
-  sshPorts: [22],
-};
+const WISH: CaptureWish = { ...USUAL, dns: { servers: ["127.0.0.53"] }, ipv6: false };
 
 function joined({ rules = "", chains = "", around }: Machine, routeTable: number | undefined): Evidence {
   const plan = {

@@ -1,29 +1,16 @@
 import { expect, test } from "vitest";
+import { MACHINE_V4 as MACHINE, WISH as USUAL } from "../../../test/fakes/capture.ts";
 import type { CaptureWish, MachineFacts } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
 import { parsePolicyRule } from "../policy.ts";
 import { driftFindings } from "./drift.ts";
 
-const MACHINE: MachineFacts = {
-  backend: "nft",
-  backendWhy: "",
-  programs: { 4: "iptables-nft", 6: undefined },
-  nft: true,
-  ipv6: false,
-  dnsTimeouts: true,
-  sshPorts: [22],
-};
 const WISH: CaptureWish = {
-  agentUid: 990,
-  envoyUid: 989,
+  ...USUAL,
   inbound: { kind: "ports", ports: [9080] },
-  sshPorts: [],
-  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
-  meshCidrs: ["10.96.0.0/12"],
   dns: { servers: ["10.0.0.2"] },
   ipv6: false,
   istiod: ["10.99.0.2:15012"],
-  keep: [],
 };
 const evidence = (wish: Partial<CaptureWish>, machine: Partial<MachineFacts> = {}): readonly string[] =>
   driftFindings(
