@@ -10,7 +10,7 @@ import { planCapture } from "../../agent/iptables/plan.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
 import { renderPlan } from "../../agent/iptables/render.ts";
 import type { Host } from "../../agent/platform/host.ts";
-import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -21,13 +21,6 @@ afterEach(async () => {
 });
 
 const options = () => ({ confirmWithinMs: 30_000, rulesDir: lab.rulesDir, unit: "detached" as const });
-
-/** A kernel without nf_tables: nothing but iptables-legacy, and its lock, stands between the machine and the mesh. */
-const LEGACY = {
-  backend: "legacy",
-  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
-  nft: false,
-} as const;
 
 /** Registered legacy tables stay until the next boot; here they are made first, so that equality can be asked for. */
 async function registerLegacy(): Promise<void> {
@@ -55,7 +48,7 @@ describe("another program holds the lock of iptables-legacy", () => {
     await lab.populate();
     await registerLegacy();
     const before = await lab.firewall("legacy");
-    await (await applyPlan(lab.host, await lab.rendered(WISH, LEGACY), options())).confirm();
+    await lab.install(WISH, LEGACY);
     const inForce = await lab.firewall("legacy");
     const held = await holdLock();
     await expect(removeCapture(lab.host, lab.rulesDir)).rejects.toMatchObject({
@@ -76,7 +69,7 @@ describe("another program holds the lock of iptables-legacy", () => {
     await registerLegacy();
     const before = await lab.firewall("legacy");
     const held = await holdLock();
-    await expect(applyPlan(lab.host, await lab.rendered(WISH, LEGACY), options())).rejects.toMatchObject({
+    await expect(lab.apply(WISH, LEGACY)).rejects.toMatchObject({
       code: "RULES_REJECTED",
       message: expect.stringContaining(`flock (pid ${held.pid}) holds`),
     });
@@ -86,7 +79,7 @@ describe("another program holds the lock of iptables-legacy", () => {
 
   test("nobody confirms: the timer's rollback waits, and takes all out when the lock is free", async () => {
     await lab.populate();
-    await applyPlan(lab.host, await lab.rendered(WISH, LEGACY), { ...options(), confirmWithinMs: 1000 });
+    await lab.apply(WISH, LEGACY, 1000);
     const held = await holdLock();
     const log = `${lab.rulesDir}/${(await lab.host.files.readLink(`${lab.rulesDir}/trial`)) ?? ""}/undo.log`;
     await eventually(async () => isAwaited(), 5000);

@@ -4,7 +4,7 @@ import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/ap
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import { auditExitCode } from "../../agent/iptables/audit/finding.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
-import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -16,11 +16,7 @@ afterEach(async () => {
 
 const options = () => ({ confirmWithinMs: 30_000, rulesDir: lab.rulesDir, unit: "detached" as const });
 
-async function install(wish = WISH) {
-  const trial = await applyPlan(lab.host, await lab.rendered(wish), options());
-  await trial.confirm();
-  return trial;
-}
+const install = (wish = WISH) => lab.install(wish);
 
 /** Until the first health check has been answered, captured traffic outside the mesh is direct. */
 async function leased(): Promise<void> {
@@ -172,13 +168,6 @@ describe("other owners of the firewall", () => {
   });
 });
 
-/** What `readMachine` says of a kernel without nf_tables. */
-const LEGACY = {
-  backend: "legacy",
-  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
-  nft: false,
-} as const;
-
 describe("leases", () => {
   test("Envoy frozen: the mesh stays closed, other traffic goes direct after 3 s, and comes back", async () => {
     const { envoy } = await lab.populate();
@@ -253,7 +242,7 @@ describe("leases", () => {
   ])("names by $name: the agent answers while it lives, the real resolver otherwise", async ({ facts }) => {
     const agent = await agentAndResolver();
     const wish = { ...WISH, dns: { servers: [REMOTE.ip, REMOTE.ip6] } };
-    await (await applyPlan(lab.host, await lab.rendered(wish, facts), options())).confirm();
+    await lab.install(wish, facts);
     for (const server of wish.dns.servers) {
       await eventually(async () => (await lab.ask(UID.app, server, 53)) === "AGENT", 5000);
       expect(await lab.dial(UID.app, server, 53)).toBe("AGENT");
@@ -280,12 +269,6 @@ describe("leases", () => {
 });
 
 describe("a kernel without nf_tables", () => {
-  const LEGACY = {
-    backend: "legacy",
-    programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
-    nft: false,
-  } as const;
-
   test("legacy iptables alone: capture, leases, repair and removal", async () => {
     const { envoy } = await lab.populate();
     // Registered legacy tables stay until the next boot; here they are made first, so that equality can be asked for.
@@ -293,8 +276,7 @@ describe("a kernel without nf_tables", () => {
       await lab.insideShell(`iptables-legacy -t ${table} -S; ip6tables-legacy -t ${table} -S`);
     }
     const before = await lab.firewall("legacy");
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH, LEGACY), options());
-    await trial.confirm();
+    await lab.install(WISH, LEGACY);
     await leased();
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
     expect(await lab.dial(UID.envoy, SERVICE.ip6, 80)).toBe("DIRECT");
@@ -372,7 +354,7 @@ describe("commit-confirm", () => {
   test("a reboot in a trial comes back without it, and with what was confirmed", async () => {
     await install();
     const before = await lab.firewall();
-    const trial = await applyPlan(lab.host, await lab.rendered({ ...WISH, sshPorts: [2222] }), options());
+    const trial = await lab.apply({ ...WISH, sshPorts: [2222] });
     await lab.insideShell("nft flush ruleset");
     const rebooted: typeof lab.host = {
       ...lab.host,
@@ -414,7 +396,7 @@ describe("commit-confirm", () => {
       "iptables-nft -t nat -N ISTIO_OUTPUT; iptables-nft -t nat -A ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN",
     );
     const before = await lab.firewall();
-    await expect(applyPlan(lab.host, await lab.rendered(WISH), options())).rejects.toMatchObject({
+    await expect(lab.apply()).rejects.toMatchObject({
       code: "RULES_REJECTED",
     });
     expect(await lab.firewall()).toEqual(before);
@@ -423,7 +405,7 @@ describe("commit-confirm", () => {
   test("nobody confirms: the timer takes everything out, without Node", async () => {
     await lab.populate();
     const before = await lab.firewall();
-    await applyPlan(lab.host, await lab.rendered(WISH), { ...options(), confirmWithinMs: 1500 });
+    await lab.apply(WISH, {}, 1500);
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
     const out = await eventually(async () => (await lab.dial(UID.app, SERVICE.ip, 80)) === "DIRECT", 6000);
     console.log(`taken back after ${(out / 1000).toFixed(2)} s`);
@@ -431,7 +413,7 @@ describe("commit-confirm", () => {
   });
 
   test("confirmed too late is an error, and nothing is kept", async () => {
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH), { ...options(), confirmWithinMs: 300 });
+    const trial = await lab.apply(WISH, {}, 300);
     await eventually(
       async () => (await lab.host.files.readLink(`${lab.rulesDir}/trial`)) === undefined,
       5000,
@@ -441,8 +423,8 @@ describe("commit-confirm", () => {
   });
 
   test("a second trial has to wait for the first", async () => {
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH), options());
-    await expect(applyPlan(lab.host, await lab.rendered(WISH), options())).rejects.toMatchObject({
+    const trial = await lab.apply();
+    await expect(lab.apply()).rejects.toMatchObject({
       code: "BUSY",
     });
     await trial.rollBack();

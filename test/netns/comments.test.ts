@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
 import { Lab, SERVICE, UID, WISH } from "./lab.ts";
@@ -13,12 +13,7 @@ afterEach(async () => {
 });
 
 async function install(ruleComments: boolean): Promise<void> {
-  const trial = await applyPlan(lab.host, await lab.rendered({ ...WISH, ruleComments }), {
-    confirmWithinMs: 30_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
-  await trial.confirm();
+  await lab.install({ ...WISH, ruleComments });
 }
 
 const reasons = async () => (await lab.firewall()).filter((line) => line.includes("vmmesh: "));

@@ -1,9 +1,9 @@
 import { execFileSync } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan, removeCapture } from "../../agent/iptables/apply.ts";
+import { removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
-import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 /** A container behind docker0, as Docker lays it: a bridge with the gateway's address, the machine forwards. */
 const BRIDGE = { ip: "172.17.0.1", ip6: "fd17::1" } as const;
@@ -46,8 +46,7 @@ afterEach(async () => {
 });
 
 async function install(change: Partial<CaptureWish>, facts = {}) {
-  const options = { confirmWithinMs: 30_000, rulesDir: lab.rulesDir, unit: "detached" as const };
-  await (await applyPlan(lab.host, await lab.rendered({ ...WISH, ...change }, facts), options)).confirm();
+  await lab.install({ ...WISH, ...change }, facts);
   await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
   await eventually(async () => (await lab.dial(UID.app, REMOTE.ip6, 80)) === "ENVOY-OUT", 5000);
 }
@@ -65,12 +64,6 @@ async function expectRows(rows: readonly Row[]): Promise<void> {
   for (const [name, from, to, port, want] of rows)
     expect.soft(await lab.dial(UID.app, to, port, places[from]), name).toBe(want);
 }
-
-const LEGACY = {
-  backend: "legacy",
-  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
-  nft: false,
-} as const;
 
 describe("a container behind a bridge", () => {
   test.for([

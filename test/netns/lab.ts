@@ -3,6 +3,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
+import { applyPlan, type Trial } from "../../agent/iptables/apply.ts";
 import { withoutCounters } from "../../agent/iptables/parse.ts";
 import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
 import { planCapture } from "../../agent/iptables/plan.ts";
@@ -31,6 +32,20 @@ export const WISH: CaptureWish = {
   istiod: [],
   keep: [],
 };
+
+/** What `readMachine` says of a kernel without nf_tables. */
+export const LEGACY = {
+  backend: "legacy",
+  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
+  nft: false,
+} as const satisfies Partial<MachineFacts>;
+
+/** One listener for each family. */
+export const both = (port: number, name: string) =>
+  [
+    ["0.0.0.0", port, name],
+    ["::", port, name],
+  ] as const;
 
 interface Listeners {
   /** Name of the process, as ps shows it. */
@@ -122,10 +137,6 @@ export class Lab implements AsyncDisposable {
 
   /** The usual cast: Envoy, an application and sshd here; the service, its pod and a stranger out there. */
   async populate(): Promise<{ envoy: ChildProcess }> {
-    const both = (port: number, name: string) => [
-      ["0.0.0.0", port, name] as const,
-      ["::", port, name] as const,
-    ];
     const envoy = await this.serve(this.machine, UID.envoy, {
       comm: "envoy",
       tcp: [...both(15001, "ENVOY-OUT"), ...both(15006, "ENVOY-IN")],
@@ -221,6 +232,23 @@ export class Lab implements AsyncDisposable {
 
   async rendered(wish: CaptureWish, facts: Partial<MachineFacts> = {}): Promise<RenderedPlan> {
     return renderPlan(planCapture(wish, { ...(await readMachine(this.host)), ...facts }));
+  }
+
+  /** A trial of these rules; without a word it goes back after a minute. */
+  async apply(
+    wish: CaptureWish = WISH,
+    facts: Partial<MachineFacts> = {},
+    confirmWithinMs = 60_000,
+  ): Promise<Trial> {
+    const { host, rulesDir } = this;
+    return applyPlan(host, await this.rendered(wish, facts), { confirmWithinMs, rulesDir, unit: "detached" });
+  }
+
+  /** The same, confirmed. */
+  async install(wish?: CaptureWish, facts?: Partial<MachineFacts>): Promise<Trial> {
+    const trial = await this.apply(wish, facts);
+    await trial.confirm();
+    return trial;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -1,7 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan } from "../../agent/iptables/apply.ts";
 import { findLeftovers, removeLeftovers } from "../../agent/iptables/leftovers.ts";
-import { Lab, WISH } from "./lab.ts";
+import { Lab } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -115,13 +114,7 @@ describe("vmmesh iptables clean --leftovers", () => {
 });
 
 test("a joined machine keeps vmmesh's own rules in chains of the same names", async () => {
-  const rendered = await lab.rendered(WISH);
-  const trial = await applyPlan(lab.host, rendered, {
-    confirmWithinMs: 60_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
-  await trial.confirm();
+  await lab.install();
   const before = await lab.firewall();
   expect((await findLeftovers(lab.host)).found).toEqual([]);
   await lab.insideShell(

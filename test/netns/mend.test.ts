@@ -1,6 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
-import { Lab, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { Lab, REMOTE, SERVICE, UID } from "./lab.ts";
 
 /** The first, quick repair: the shell script that was rendered when the rules were applied. */
 let lab: Lab;
@@ -11,12 +11,7 @@ afterEach(async () => {
   await lab[Symbol.asyncDispose]();
 });
 
-const apply = async () =>
-  applyPlan(lab.host, await lab.rendered(WISH), {
-    confirmWithinMs: 30_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
+const apply = async () => lab.apply();
 const script = () => `${lab.rulesDir}/confirmed/mend.sh`;
 const mend = () => lab.inside(["sh", script()]);
 const outputs = async (family: "" | "6" = "") =>

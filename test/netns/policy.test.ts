@@ -1,6 +1,5 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan } from "../../agent/iptables/apply.ts";
 import { type FenceCounts, readFenceCounts } from "../../agent/iptables/counts.ts";
 import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
 import { parsePolicyRule } from "../../agent/iptables/policy.ts";
@@ -17,12 +16,7 @@ beforeEach(async () => {
 afterEach(() => lab[Symbol.asyncDispose]());
 
 const install = async (wish: CaptureWish, facts: Partial<MachineFacts> = {}): Promise<void> => {
-  const trial = await applyPlan(lab.host, await lab.rendered(wish, facts), {
-    confirmWithinMs: 60_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
-  await trial.confirm();
+  await lab.install(wish, facts);
 };
 const policy = (...rules: string[]) => ({ failurePolicy: rules.map(parsePolicyRule) });
 const meets = (want: string, address: string, port: number, from?: string) => async () =>
@@ -120,11 +114,7 @@ describe("rules that change", () => {
     await install(WISH);
     const met = await during(async () => {
       for (let round = 0; round < 3; round += 1) {
-        const trial = await applyPlan(lab.host, await lab.rendered(WIDE), {
-          confirmWithinMs: 60_000,
-          rulesDir: lab.rulesDir,
-          unit: "detached",
-        });
+        const trial = await lab.apply(WIDE);
         await trial.rollBack();
       }
     });

@@ -1,8 +1,7 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../../agent/core/paths.ts";
-import { applyPlan } from "../../agent/iptables/apply.ts";
 import { probeCapture } from "../../agent/iptables/probe.ts";
-import { Lab, UID, WISH } from "./lab.ts";
+import { both, Lab, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -14,21 +13,12 @@ afterEach(async () => {
 
 async function install(): Promise<void> {
   const wish = { ...WISH, meshCidrs: [...WISH.meshCidrs, ...Object.values(PROBE_ADDRESS)] };
-  const trial = await applyPlan(lab.host, await lab.rendered(wish), {
-    confirmWithinMs: 30_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
-  await trial.confirm();
+  await lab.install(wish);
 }
 
 const met = async () => [(await probeCapture(lab.host, 4)).met, (await probeCapture(lab.host, 6)).met];
 
 test("the probe meets Envoy through the rules, and says what it meets without Envoy or without the rules", async () => {
-  const both = (port: number, name: string) => [
-    ["0.0.0.0", port, name] as const,
-    ["::", port, name] as const,
-  ];
   await install();
   expect(await met(), "no Envoy").toEqual(["no listener", "no listener"]);
   await lab.serve(lab.machine, UID.envoy, { comm: "envoy", tcp: both(PORTS.outbound, PROBE_ANSWER) });

@@ -1,9 +1,9 @@
 import { createHash } from "node:crypto";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { withoutCounters } from "../../agent/iptables/parse.ts";
 import { kubeProxyRules } from "./kubeProxy.ts";
-import { Lab, SERVICE, UID, WISH } from "./lab.ts";
+import { Lab, SERVICE, UID } from "./lab.ts";
 
 /** On two busy cores; a machine at rest needs a tenth. */
 const WITHIN_MS = 20_000;
@@ -40,13 +40,7 @@ describe.for([20_000, 50_000])("beside %i rules of kube-proxy", (count) => {
     const loaded = await lab.inside(["iptables-nft-restore", "--noflush"], kubeProxyRules(count));
     expect(loaded).toMatchObject({ code: 0 });
     const before = await foreignHash();
-    const applied = await timed(async () =>
-      applyPlan(lab.host, await lab.rendered(WISH), {
-        confirmWithinMs: 60_000,
-        rulesDir: lab.rulesDir,
-        unit: "detached",
-      }),
-    );
+    const applied = await timed(async () => lab.apply());
     expect(await foreignHash()).toBe(before);
     expect(await lab.dial(UID.app, SERVICE.ip, 80)).toBe("ENVOY-OUT");
     await applied.result.confirm();

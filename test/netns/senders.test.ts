@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { applyPlan, removeCapture } from "../../agent/iptables/apply.ts";
+import { removeCapture } from "../../agent/iptables/apply.ts";
 import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
 import { eventually, Lab, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
@@ -18,12 +18,7 @@ const GROUP = 20_012;
 const RESOLVER = REMOTE.ip;
 
 async function install(wish: Partial<CaptureWish>, facts: Partial<MachineFacts>): Promise<void> {
-  const trial = await applyPlan(lab.host, await lab.rendered({ ...WISH, ...wish }, facts), {
-    confirmWithinMs: 30_000,
-    rulesDir: lab.rulesDir,
-    unit: "detached",
-  });
-  await trial.confirm();
+  await lab.install({ ...WISH, ...wish }, facts);
 }
 
 type Row = readonly [uid: number | `${number}:${number}`, address: string, port: number, want: string];

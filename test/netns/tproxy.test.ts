@@ -1,8 +1,8 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
-import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { both, eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;
 beforeEach(async () => {
@@ -13,18 +13,6 @@ afterEach(async () => {
 });
 
 const TPROXY: CaptureWish = { ...WISH, interception: { mode: "TPROXY", routeTable: 133 } };
-/** What `readMachine` says of a kernel without nf_tables. */
-const LEGACY = {
-  backend: "legacy",
-  programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
-  nft: false,
-} as const;
-
-const both = (port: number, name: string) =>
-  [
-    ["0.0.0.0", port, name],
-    ["::", port, name],
-  ] as const;
 
 /** An application, one that was there before, sshd; a pod out there; Envoy with CAP_NET_RAW and no other capability. */
 async function populate() {
@@ -45,10 +33,8 @@ async function populate() {
 }
 
 async function install(wish = TPROXY, facts = {}) {
-  const trial = await applyPlan(lab.host, await lab.rendered(wish, facts), options());
-  await trial.confirm();
+  await lab.install(wish, facts);
 }
-const options = () => ({ confirmWithinMs: 30_000, rulesDir: lab.rulesDir, unit: "detached" as const });
 
 const fromWorld = (address: string, port: number) => lab.dial(UID.app, address, port, lab.world);
 
@@ -165,7 +151,7 @@ END`);
     const before = await routing();
     await install();
     const whole = await routing();
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH), options());
+    const trial = await lab.apply();
     expect(await routing()).toBe(before);
     await trial.rollBack();
     expect(await routing()).toBe(whole);
@@ -179,7 +165,7 @@ END`);
   ] as const)("%s is another owner's: refused, and nothing is changed", async ([, theirs, sentence]) => {
     await lab.insideShell(theirs);
     const before = [await lab.firewall(), await routing()];
-    await expect(applyPlan(lab.host, await lab.rendered(TPROXY), options())).rejects.toThrow(sentence);
+    await expect(lab.apply(TPROXY)).rejects.toThrow(sentence);
     expect([await lab.firewall(), await routing()]).toEqual(before);
   });
 

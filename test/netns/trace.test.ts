@@ -1,11 +1,10 @@
 import { spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan } from "../../agent/iptables/apply.ts";
 import { TRACE_TABLE, traceLive } from "../../agent/iptables/trace/live.ts";
 import { type Question, traceStatic } from "../../agent/iptables/trace/trace.ts";
 import { quick } from "../prove/lane.ts";
 import { proof } from "../prove/trace.ts";
-import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
+import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID } from "./lab.ts";
 
 test("what the walk says is what the kernel does (quick scale of the proof)", async () => {
   await quick(proof);
@@ -28,12 +27,7 @@ describe("on a machine with capture", () => {
 
   test("our own rules are told with their reasons, and the kernel's trace agrees", async () => {
     await lab.populate();
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH), {
-      confirmWithinMs: 30_000,
-      rulesDir: lab.rulesDir,
-      unit: "detached",
-    });
-    await trial.confirm();
+    await lab.install();
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
     const rows = [
       [
@@ -79,12 +73,7 @@ describe("on a machine with capture", () => {
 
   test("a lapsed lease is seen: what is not of the mesh goes out directly", async () => {
     const { envoy } = await lab.populate();
-    const trial = await applyPlan(lab.host, await lab.rendered(WISH), {
-      confirmWithinMs: 30_000,
-      rulesDir: lab.rulesDir,
-      unit: "detached",
-    });
-    await trial.confirm();
+    await lab.install();
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "ENVOY-OUT", 5000);
     envoy.kill("SIGKILL");
     await eventually(async () => (await lab.dial(UID.app, REMOTE.ip, 80)) === "DIRECT", 10_000);
