@@ -75,6 +75,8 @@ export interface World {
   route(question: RouteQuestion): Route | undefined;
   /** First address of an interface: what REDIRECT writes for a packet that came in there. */
   addressOf(device: string, family: Family): bigint | undefined;
+  /** First address that others may see, of this interface or else of any. (inet_select_addr) */
+  visibleAddress(device: string, family: Family): bigint | undefined;
   /** Name of who listens there, empty if it cannot be seen; undefined: nobody does. */
   listener(protocol: "tcp" | "udp", family: Family, address: bigint, port: bigint): string | undefined;
   /** Has something listening bound exactly this address? */
@@ -157,9 +159,12 @@ export function tproxy(address: bigint | undefined, port: Span, mark: (old: bigi
 /** Masquerading: the address that the outgoing interface would give. */
 export const masquerade: Step = translate("source", (packet, world) => {
   const route = world.route({ family: packet.family, to: packet.to.address, mark: packet.mark });
-  return route?.source === undefined
+  // Those of lo are for this machine alone, and the route's own source is one of them.
+  const source =
+    route?.device === "lo" && packet.family === 4 ? world.visibleAddress("lo", 4) : route?.source;
+  return source === undefined
     ? "the source address that masquerading takes is not known"
-    : [{ address: route.source, port: undefined }];
+    : [{ address: source, port: undefined }];
 });
 
 /** Before conntrack has seen it a packet is "invalid" to a rule that asks. (xt_conntrack.c, nft_ct.c) */

@@ -2,7 +2,7 @@ import { describe, expect, test } from "vitest";
 import type { Host } from "../../platform/host.ts";
 import { parseRule } from "../parse.ts";
 import { parseLive } from "./live.ts";
-import type { Route, World } from "./model.ts";
+import { masquerade, type Route, type World } from "./model.ts";
 import { addressNumber, addressText, type Packet, parseSpan, span } from "./packet.ts";
 import { buildRuleset } from "./ruleset.ts";
 import { resolveSender } from "./sender.ts";
@@ -68,6 +68,7 @@ const REMOTE: Route = { type: "unicast", device: "eth0", source: addressNumber("
 const WORLD: World = {
   route: ({ to }) => (to >> 24n === 127n ? { type: "local", device: "lo", source: to } : REMOTE),
   addressOf: () => addressNumber("10.200.0.1"),
+  visibleAddress: () => addressNumber("10.200.0.1"),
   listener: (_protocol, _family, _address, port) => (port === 15001n ? "envoy" : undefined),
   bound: () => false,
   recent: (list) => (list === "vmmesh-envoy4" ? 1.2 : undefined),
@@ -94,6 +95,7 @@ function does(line: string, packet: Packet = PACKET): string {
 describe("one rule of iptables", () => {
   test.each([
     ["-A OUTPUT -j ACCEPT", "accept"],
+    ["-A OUTPUT -m connmark ! --mark 0x1/0x1 -j ACCEPT", "accept"],
     ["-A OUTPUT -d 10.96.0.0/12 -j DROP", "drop"],
     ["-A OUTPUT ! -d 10.96.0.0/12 -j DROP", "miss"],
     ["-A OUTPUT -p udp -j DROP", "miss"],
@@ -163,8 +165,12 @@ function nft(
 const NONE = { nftSave: "", legacySave: "", nftJson: "", nftText: "" };
 const match = (left: unknown, right: unknown, op = "==") => ({ match: { op, left, right } });
 const payload = (protocol: string, field: string) => ({ payload: { protocol, field } });
-const outcome = (listing: Partial<typeof NONE>, packet: Packet = { ...PACKET, tracking: "not yet" }) =>
-  walkOut(buildRuleset({ ...NONE, ...listing }, 4), WORLD, packet).map(
+const outcome = (
+  listing: Partial<typeof NONE>,
+  packet: Packet = { ...PACKET, tracking: "not yet" },
+  world = WORLD,
+) =>
+  walkOut(buildRuleset({ ...NONE, ...listing }, 4), world, packet).map(
     ({ packet: { to }, end, because }) =>
       `${end.kind} ${addressText(to.address, 4)}:${to.port.low}${because.length > 0 ? " ?" : ""}`,
   );
@@ -229,6 +235,13 @@ describe("a walk", () => {
     expect(outcome({ legacySave: `${raw}${ISTIO}` })).toEqual(["leaves 10.96.0.10:80"]);
   });
 
+  test("a connection mark of what is not tracked is neither set nor unset", () => {
+    const rules = (not: string): string =>
+      `*raw\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j CT --notrack\n-A OUTPUT -m connmark ${not}--mark 0x1 -j DROP\nCOMMIT\n`;
+    for (const not of ["", "! "])
+      expect(outcome({ legacySave: rules(not) })).toEqual(["leaves 10.96.0.10:80"]);
+  });
+
   test("a zone that comes first keeps a later NOTRACK out", () => {
     const raw = "*raw\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j CT --zone 2\n-A OUTPUT -j CT --notrack\nCOMMIT\n";
     expect(outcome({ legacySave: `${raw}${ISTIO}` })).toEqual(["delivered 127.0.0.1:15001"]);
@@ -237,6 +250,33 @@ describe("a walk", () => {
   test("after a translation filter chains see the new destination and the old interface", () => {
     const filter = `*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -d 127.0.0.1/32 -o eth0 -j REJECT\nCOMMIT\n`;
     expect(outcome({ legacySave: `${ISTIO}${filter}` })).toEqual(["rejected 127.0.0.1:15001"]);
+  });
+
+  test("a mark that makes a foreign address local: an ICMP refusal is not heard, a reset is", () => {
+    const marked: World = {
+      ...WORLD,
+      route: ({ to, mark = 0n }) => (mark === 0x10n ? { type: "local", device: "lo", source: to } : REMOTE),
+    };
+    const refused = (reject: string): string[] =>
+      outcome(
+        {
+          legacySave: `*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REJECT --reject-with ${reject}\nCOMMIT\n`,
+        },
+        { ...PACKET, mark: 0x10n },
+        marked,
+      );
+    expect(refused("icmp-port-unreachable")).toEqual(["dropped 10.96.0.10:80"]);
+    expect(refused("tcp-reset")).toEqual(["rejected 10.96.0.10:80"]);
+  });
+
+  test("masquerading out by lo takes an address that others may see, not the route's own", () => {
+    const local: World = {
+      ...WORLD,
+      route: () => ({ type: "local", device: "lo", source: addressNumber("127.0.0.1") }),
+      visibleAddress: () => addressNumber("10.200.0.1"),
+    };
+    const [turn] = masquerade(PACKET, local);
+    expect(turn?.packet.from.address).toBe(addressNumber("10.200.0.1"));
   });
 
   test("a map over chance gives every target", () => {

@@ -359,16 +359,19 @@ function ended(
   return { end: { kind, at }, accepted: true };
 }
 
-/** A refusal from an address that is not ours to a sender on loopback has no route: nobody hears it. (measured; ip_route_me_harder) */
-function isLost({ hook: name, after: { family, from, to } }: Hop, world: World): boolean {
+/**
+ * Refusals that nobody hears (IPv4, measured): from an address that is not ours to a sender on loopback, for which there is
+ * no route (ip_route_me_harder); by ICMP, where a mark has made a foreign address local: the kernel answers from that address
+ * and then finds that it is not its own (icmp.c).
+ */
+function isLost({ hook: name, does, after: { family, from, to, mark } }: Hop, world: World): boolean {
+  if (family !== 4) return false;
   const loopback = (address: bigint): boolean => address >> 24n === 127n;
-  return (
-    name === "output" &&
-    family === 4 &&
-    loopback(from.address) &&
-    !loopback(to.address) &&
-    world.route({ family, to: to.address })?.type !== "local"
-  );
+  const isOwn = (): boolean => world.route({ family, to: to.address })?.type === "local";
+  const byIcmp = typeof does === "object" && does.do === "reject" && !does.with.startsWith("tcp");
+  const madeLocal = byIcmp && mark !== 0n && world.route({ family, to: to.address, mark })?.type === "local";
+  if (madeLocal && !isOwn()) return true;
+  return name === "output" && loopback(from.address) && !loopback(to.address) && !isOwn();
 }
 
 interface RuleTurn {

@@ -25,6 +25,7 @@ export async function readWorld(host: Reads, recentLists: readonly string[]): Pr
   ]);
   const listeners = { tcp: parseListeners(tcp), udp: parseListeners(udp) };
   const firstAddress = firstAddresses(addresses);
+  const visible = visibleAddresses(addresses);
   const recent = await readRecent(host, recentLists);
   const world: World = {
     route(question) {
@@ -34,6 +35,9 @@ export async function readWorld(host: Reads, recentLists: readonly string[]): Pr
       return known;
     },
     addressOf: (device, family) => firstAddress.get(`${device} ${family}`),
+    visibleAddress: (device, family) =>
+      visible.find((it) => it.family === family && it.device === device)?.address ??
+      visible.find((it) => it.family === family)?.address,
     listener: (protocol, family, address, port) =>
       nameOf(listeners[protocol].find((socket) => listens(socket, family, address, port))),
     bound: (protocol, family, address, port) =>
@@ -123,6 +127,18 @@ function firstAddresses(json: string): Map<string, bigint> {
     }
   }
   return found;
+}
+
+/** Of global scope, in the kernel's order of interfaces. */
+function visibleAddresses(json: string): { device: string; family: Family; address: bigint }[] {
+  const links = json.trim() === "" ? [] : (JSON.parse(json) as Record<string, unknown>[]);
+  return links.flatMap(({ ifname, addr_info: infos }) =>
+    ((Array.isArray(infos) ? infos : []) as Record<string, unknown>[]).flatMap((info) => {
+      const address = addressNumber(String(info["local"] ?? ""));
+      if (info["scope"] !== "global" || address === undefined) return [];
+      return [{ device: String(ifname), family: info["family"] === "inet" ? 4 : 6, address } as const];
+    }),
+  );
 }
 
 /** The kernel's tick rates. @see kernel/Kconfig.hz */

@@ -113,12 +113,10 @@ const deviceOf =
     };
   };
 
-const masked =
-  (key: "mark" | "ctMark") =>
-  (args: readonly string[]): Test => {
-    const [value = "0", mask = "0xffffffff"] = first(args).split("/");
-    return (packet) => (packet[key] & BigInt(mask)) === BigInt(value);
-  };
+function carries(mark: bigint, args: readonly string[]): boolean {
+  const [value = "0", mask = "0xffffffff"] = first(args).split("/");
+  return (mark & BigInt(mask)) === BigInt(value);
+}
 
 const FLAGS: Readonly<Record<string, number>> = {
   FIN: 1,
@@ -198,8 +196,7 @@ const TESTS: Readonly<Record<string, (args: readonly string[]) => Test | undefin
   },
   "iprange --src-range": addressOf("from"),
   "iprange --dst-range": addressOf("to"),
-  "mark --mark": masked("mark"),
-  "connmark --mark": masked("ctMark"),
+  "mark --mark": (args) => (packet) => carries(packet.mark, args),
   "owner --uid-owner": owner("uid"),
   "owner --gid-owner": owner("gid"),
   "owner --socket-exists": () => (packet) => packet.sender !== undefined,
@@ -240,6 +237,13 @@ const negate = ({ not }: Option, tri: Tri): Tri => (not ? notTri(tri) : tri);
 /** Matches whose options belong together. */
 const WHOLE: Readonly<Record<string, (options: readonly Option[]) => Test>> = {
   comment: () => () => true,
+  /** Without an entry it is false, negated or not. (xt_connmark.c) */
+  connmark: (options) => {
+    const wanted = options.find(({ name }) => name === "--mark");
+    if (wanted === undefined) return () => ({ unknown: "what `-m connmark` asks" });
+    return ({ tracking, ctMark }) =>
+      tracking !== "not yet" && tracking !== "untracked" && carries(ctMark, wanted.args) !== wanted.not;
+  },
   /** Without an entry only `--ctstate` is asked, and the other options count for nothing. (xt_conntrack.c) */
   conntrack: (options) => {
     const states = options.find(({ name }) => name === "--ctstate");
