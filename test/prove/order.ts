@@ -402,7 +402,7 @@ async function foreign(machine: Machine): Promise<string> {
 }
 
 /** Their rules once they have stopped writing: the same three times, a second apart. */
-async function settled(machine: Machine): Promise<string> {
+async function writtenRules(machine: Machine): Promise<string> {
   const seen: string[] = [];
   await waitFor(
     "others to have written their rules",
@@ -427,7 +427,7 @@ async function foreignKept(machine: Machine): Promise<ProofRow[]> {
     );
     await machine.exec(writer.does, { allowFail: true });
     await sleep(1500);
-    const before = await settled(machine);
+    const before = await writtenRules(machine);
     await machine.exec("systemctl start vmmesh-order; systemctl start vmmesh-rules");
     await jumpFirst(machine);
     if (before === (await foreign(machine))) same += 1;
