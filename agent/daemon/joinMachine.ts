@@ -10,6 +10,7 @@ import { readSshPorts } from "../iptables/read.ts";
 import { renderPlan } from "../iptables/render.ts";
 import { refuseSharedRouting } from "../iptables/routing.ts";
 import { addDropIns, pruneDropIns } from "../iptables/scope.ts";
+import type { Workload } from "../mesh/types.ts";
 import type { Host } from "../platform/host.ts";
 import { type Services, stopRepairs, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
@@ -89,7 +90,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
         await services.restart(UNITS.envoy);
         await machine.awaitReady(READY_WITHIN_MS, signal);
       }
-      const checks = await passing(await connectivityChecks(host, paths), signal);
+      const checks = await passing(await connectivityChecks(host, workload), signal);
       await addDropIns(host, plan, paths.rules);
       const trial = await applyPlan(host, renderPlan(plan), {
         confirmWithinMs,
@@ -140,8 +141,7 @@ interface Check {
   works(signal: AbortSignal): Promise<boolean>;
 }
 
-async function connectivityChecks(host: Host, paths: Paths): Promise<Check[]> {
-  const workload = await readWorkload(host, paths);
+async function connectivityChecks(host: Host, workload: Workload): Promise<Check[]> {
   const target = await istiodTarget(host, workload, "");
   const { servers } = parseResolvConf((await host.files.readText("/etc/resolv.conf")) ?? "");
   const connects = (address: string, port: number) => async (): Promise<boolean> => {
