@@ -135,8 +135,10 @@ export function writeDeltaResponse(response: DeltaResponse): Uint8Array {
   return writer.finish();
 }
 
-/** The state-of-the-world envelope; Envoy's SDS streams speak it. */
+/** The state-of-the-world envelope; Envoy's SDS streams speak it, and its ADS where the bootstrap says `GRPC`. */
 export interface SotwRequest {
+  /** envoy.config.core.v3.Node; on the first request of a stream only. */
+  readonly node?: Uint8Array;
   readonly version: string;
   readonly names: readonly string[];
   readonly typeUrl: string;
@@ -145,11 +147,13 @@ export interface SotwRequest {
 }
 
 export function readSotwRequest(bytes: Uint8Array): SotwRequest {
+  let node: Uint8Array | undefined;
   let [version, typeUrl, responseNonce] = ["", "", ""];
   const names: string[] = [];
   let error: RpcStatus | undefined;
   readMessage(bytes, (field, reader) => {
     if (field === 1) version = reader.string();
+    else if (field === 2) node = reader.bytes();
     else if (field === 3) names.push(reader.string());
     else if (field === 4) typeUrl = reader.string();
     else if (field === 5) responseNonce = reader.string();
@@ -157,7 +161,14 @@ export function readSotwRequest(bytes: Uint8Array): SotwRequest {
     else return false;
     return true;
   });
-  return { version, names, typeUrl, responseNonce, ...(error === undefined ? {} : { error }) };
+  return {
+    version,
+    names,
+    typeUrl,
+    responseNonce,
+    ...(node === undefined ? {} : { node }),
+    ...(error === undefined ? {} : { error }),
+  };
 }
 
 export function writeSotwResponse(response: {

@@ -1,6 +1,6 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { type DeltaRequest, type DeltaResponse, TYPE_URL } from "../proto/discovery.ts";
+import { type DeltaRequest, type DeltaResponse, type SotwRequest, TYPE_URL } from "../proto/discovery.ts";
 import { BinaryWriter, put, writeAny } from "../proto/wire.ts";
 import { DeltaCache, type Effect } from "./cache.ts";
 import type { ResourceSet } from "./lastGood.ts";
@@ -223,18 +223,202 @@ describe("a second Envoy", () => {
   });
 });
 
+describe("two Envoys that judge differently", () => {
+  const error = { code: 13, message: "no such filter" };
+  const lastNack = (cache: DeltaCache) => cache.status()[0]?.lastNack;
+
+  /** Both have the response up-1 and have not answered. */
+  function waiting() {
+    const cache = connected();
+    cache.envoyOpened(2, "sotw");
+    cache.fromEnvoy(1, request(CDS));
+    cache.fromSotwEnvoy(2, sotw(CDS));
+    const effects = cache.fromUpstream(response(CDS, "up-1", { a: "1" }));
+    const [one, two] = [1, 2].map((stream) => toEnvoy(effects, stream)[0]?.nonce ?? "");
+    return { cache, one: one ?? "", two: two ?? "" };
+  }
+
+  test("istiod hears the ACK when the last of them has said it", () => {
+    const { cache, one, two } = waiting();
+    expect(toIstiod(cache.fromEnvoy(1, request(CDS, { responseNonce: one })))).toEqual([]);
+    expect(cache.status()[0]?.acked).toBe(undefined);
+    expect(toIstiod(cache.fromSotwEnvoy(2, sotw(CDS, { responseNonce: two })))).toEqual([
+      request(CDS, { responseNonce: "up-1" }),
+    ]);
+    expect(cache.status()[0]?.acked).toBe("vup-1");
+  });
+
+  test("the NACK of one goes up at once, and the other's ACK does not hide it, whichever is first", () => {
+    for (const nackFirst of [true, false]) {
+      const { cache, one, two } = waiting();
+      const ack = () => toIstiod(cache.fromEnvoy(1, request(CDS, { responseNonce: one })));
+      const nack = () => toIstiod(cache.fromSotwEnvoy(2, sotw(CDS, { responseNonce: two, error })));
+      const said = nackFirst ? [...nack(), ...ack()] : [...ack(), ...nack()];
+      expect(said).toEqual([request(CDS, { responseNonce: "up-1", error })]);
+      expect(lastNack(cache)).toBe("no such filter");
+      expect(cache.status()[0]?.acked).toBe(undefined);
+    }
+  });
+
+  test("what stands refused is refused again when istiod sends the same after a reconnect", () => {
+    const { cache, one, two } = waiting();
+    cache.fromEnvoy(1, request(CDS, { responseNonce: one }));
+    cache.fromSotwEnvoy(2, sotw(CDS, { responseNonce: two, error }));
+    cache.upstreamClosed();
+    cache.upstreamOpened();
+    expect(cache.fromUpstream(response(CDS, "up-2", { a: "1" }))).toEqual([
+      { to: "upstream", request: request(CDS, { responseNonce: "up-2", error }) },
+    ]);
+    expect(lastNack(cache)).toBe("no such filter");
+  });
+
+  test("one that goes away without an answer leaves the ACK to the other, and takes its NACK along", () => {
+    const silent = waiting();
+    silent.cache.fromEnvoy(1, request(CDS, { responseNonce: silent.one }));
+    expect(toIstiod(silent.cache.envoyClosed(2))).toEqual([request(CDS, { responseNonce: "up-1" })]);
+
+    const { cache, two } = waiting();
+    cache.fromSotwEnvoy(2, sotw(CDS, { responseNonce: two, error }));
+    expect(toIstiod(cache.envoyClosed(2))).toEqual([]);
+    expect(lastNack(cache)).toBe(undefined);
+  });
+});
+
+function sotw(typeUrl: string, more: Partial<SotwRequest> = {}): SotwRequest {
+  return { typeUrl, version: "", names: [], responseNonce: "", ...more };
+}
+
+describe("state of the world", () => {
+  function connectedSotw(): DeltaCache {
+    const cache = new DeltaCache();
+    cache.envoyOpened(1, "sotw");
+    cache.upstreamOpened();
+    return cache;
+  }
+  const LDS = TYPE_URL.listener;
+  const RDS = TYPE_URL.route;
+
+  test.for([CDS, LDS])("%s go whole: what changed, what did not, and without what is gone", (typeUrl) => {
+    const cache = connectedSotw();
+    expect(toIstiod(cache.fromSotwEnvoy(1, sotw(typeUrl)))).toEqual([request(typeUrl)]);
+    const first = toEnvoy(cache.fromUpstream(response(typeUrl, "1", { a: "1", b: "1", c: "1" })));
+    const second = toEnvoy(cache.fromUpstream(response(typeUrl, "2", { b: "2" }, ["c"])));
+    expect([names(first), names(second)]).toEqual([
+      ["a", "b", "c"],
+      ["a", "b"],
+    ]);
+    expect(second[0]?.removed).toEqual([]);
+    expect(second[0]?.systemVersion).not.toBe(first[0]?.systemVersion);
+  });
+
+  test("nothing goes before istiod has said all of a type: half a world would remove the other half", () => {
+    const cache = connectedSotw();
+    expect(toEnvoy(cache.fromSotwEnvoy(1, sotw(CDS, { version: "x" })))).toEqual([]);
+    cache.upstreamClosed();
+    expect(toEnvoy(cache.upstreamOpened())).toEqual([]);
+  });
+
+  test("endpoints and routes go as asked; a name that is given up is taken back from istiod", () => {
+    const cache = connectedSotw();
+    expect(toIstiod(cache.fromSotwEnvoy(1, sotw(EDS, { names: ["a", "b"] })))).toEqual([
+      request(EDS, { subscribe: ["a", "b"] }),
+    ]);
+    expect(names(toEnvoy(cache.fromUpstream(response(EDS, "1", { a: "1", b: "1" }))))).toEqual(["a", "b"]);
+    expect(names(toEnvoy(cache.fromUpstream(response(EDS, "2", { b: "2" }))))).toEqual(["b"]);
+    expect(toIstiod(cache.fromSotwEnvoy(1, sotw(EDS, { names: ["b", "c"] })))).toEqual([
+      request(EDS, { unsubscribe: ["a"] }),
+      request(EDS, { subscribe: ["c"] }),
+    ]);
+    expect(toIstiod(cache.fromSotwEnvoy(1, sotw(EDS)))).toEqual([request(EDS, { unsubscribe: ["b", "c"] })]);
+  });
+
+  test("endpoints that do not exist are an empty list, for which Envoy would wait for ever; routes are not said", () => {
+    const cache = connectedSotw();
+    for (const typeUrl of [EDS, RDS]) cache.fromSotwEnvoy(1, sotw(typeUrl, { names: ["a"] }));
+    const [none] = toEnvoy(cache.fromUpstream(response(EDS, "1", {}, ["a"])));
+    expect(none?.resources).toEqual([
+      { name: "a", version: "", any: writeAny(EDS, Buffer.from("\x0a\x01a")) },
+    ]);
+    expect(cache.fromUpstream(response(RDS, "2", {}, ["a"]))).toEqual([
+      { to: "upstream", request: request(RDS, { responseNonce: "2" }) },
+    ]);
+  });
+
+  test("a changed cluster is followed by its own endpoints, and by no other's", () => {
+    const cache = connectedSotw();
+    cache.fromSotwEnvoy(1, sotw(CDS));
+    cache.fromUpstream(response(CDS, "c1", { a: "1", b: "1" }));
+    cache.fromSotwEnvoy(1, sotw(EDS, { names: ["a", "b"] }));
+    cache.fromUpstream(response(EDS, "e1", { a: "ep", b: "ep" }));
+    const pushed = toEnvoy(cache.fromUpstream(response(CDS, "c2", { a: "2" })));
+    expect(pushed.map((it) => [it.typeUrl, names([it])])).toEqual([
+      [CDS, ["a", "b"]],
+      [EDS, ["a"]],
+    ]);
+  });
+
+  test("what is on disk comes clusters first, then endpoints, listeners, routes", () => {
+    const cache = connectedSotw();
+    for (const typeUrl of [LDS, CDS]) cache.fromSotwEnvoy(1, sotw(typeUrl));
+    for (const typeUrl of [RDS, EDS]) cache.fromSotwEnvoy(1, sotw(typeUrl, { names: ["a"] }));
+    const set: ResourceSet = new Map(
+      [RDS, LDS, EDS, CDS].map((typeUrl) => [typeUrl, response(typeUrl, "", { a: "1" }).resources]),
+    );
+    expect(toEnvoy(cache.restore(set)).map(({ typeUrl }) => typeUrl)).toEqual([CDS, EDS, LDS, RDS]);
+  });
+
+  test("an Envoy that is up is neither emptied nor set back by what is on disk", () => {
+    const cache = connectedSotw();
+    cache.fromSotwEnvoy(1, sotw(CDS, { version: "x" }));
+    cache.fromSotwEnvoy(1, sotw(EDS, { version: "x", names: ["a"] }));
+    const old = (typeUrl: string) => response(typeUrl, "", { a: "old" }).resources;
+    const set: ResourceSet = new Map([CDS, EDS].map((typeUrl) => [typeUrl, old(typeUrl)]));
+    expect(toEnvoy(cache.restore(set))).toEqual([]);
+    const pushed = toEnvoy(cache.fromUpstream(response(CDS, "1", { a: "new" })));
+    expect(names(pushed.filter(({ typeUrl }) => typeUrl === CDS))).toEqual(["a"]);
+  });
+
+  test("after an agent restart, an Envoy that says the same version is sent no clusters, and any other all of them", () => {
+    const before = connectedSotw();
+    before.fromSotwEnvoy(1, sotw(CDS));
+    const [first] = toEnvoy(before.fromUpstream(response(CDS, "1", { a: "1", b: "1" })));
+    for (const [answer, pushed] of [
+      [{ b: "1", a: "1" }, []],
+      [{ a: "1", b: "2" }, ["a", "b"]],
+    ] as const) {
+      const after = connectedSotw();
+      after.fromSotwEnvoy(1, sotw(CDS, { version: first?.systemVersion ?? "" }));
+      expect(names(toEnvoy(after.fromUpstream(response(CDS, "1", answer))))).toEqual(pushed);
+      // Set back by istiod: what it came with is not what it holds any more.
+      const back = after.fromUpstream(response(CDS, "2", { a: "1", b: "1" }));
+      expect(names(toEnvoy(back))).toEqual(pushed);
+    }
+  });
+});
+
 /** What Envoy keeps of one type: it applies what comes and acknowledges it. */
 class ModelEnvoy {
   readonly id: number;
   readonly holds = new Map<string, { any: Uint8Array; version: string }>();
   readonly names = new Set<string>();
   readonly typeUrl: string;
+  readonly cache: DeltaCache;
   #first = true;
-  constructor(id: number, typeUrl: string) {
+  constructor(cache: DeltaCache, id: number, typeUrl: string) {
+    this.cache = cache;
     this.id = id;
     this.typeUrl = typeUrl;
   }
-  ask(subscribe: readonly string[], unsubscribe: readonly string[]): DeltaRequest {
+  open(): void {
+    this.cache.envoyOpened(this.id);
+  }
+  /** The same Envoy on its next stream. */
+  reconnects(id: number): ModelEnvoy {
+    const next = new ModelEnvoy(this.cache, id, this.typeUrl);
+    for (const [held, value] of this.holds) next.holds.set(held, value);
+    return next;
+  }
+  ask(subscribe: readonly string[], unsubscribe: readonly string[]): Effect[] {
     for (const name of subscribe) this.names.add(name);
     for (const name of unsubscribe) {
       this.names.delete(name);
@@ -244,15 +428,57 @@ class ModelEnvoy {
       this.#first ? [...this.holds].map(([name, { version }]) => [name, version]) : [],
     );
     this.#first = false;
-    return request(this.typeUrl, { subscribe, unsubscribe, initialVersions });
+    const asked = request(this.typeUrl, { subscribe, unsubscribe, initialVersions });
+    return this.cache.fromEnvoy(this.id, asked);
   }
-  apply(pushed: DeltaResponse): DeltaRequest {
+  apply(pushed: DeltaResponse): Effect[] {
     for (const { name, any, version } of pushed.resources) {
       expect(this.holds.get(name)?.any, `${name} is pushed although nothing changed`).not.toEqual(any);
       this.holds.set(name, { any, version });
     }
     for (const name of pushed.removed) this.holds.delete(name);
-    return request(this.typeUrl, { responseNonce: pushed.nonce });
+    return this.cache.fromEnvoy(this.id, request(this.typeUrl, { responseNonce: pushed.nonce }));
+  }
+}
+
+/** The same in state of the world: it asks by all its names, and what a response of clusters leaves out is gone. */
+class ModelSotwEnvoy extends ModelEnvoy {
+  #version = "";
+  #nonce = "";
+  override open(): void {
+    this.cache.envoyOpened(this.id, "sotw");
+  }
+  override reconnects(id: number): ModelSotwEnvoy {
+    const next = new ModelSotwEnvoy(this.cache, id, this.typeUrl);
+    for (const [held, value] of this.holds) next.holds.set(held, value);
+    next.#version = this.#version;
+    return next;
+  }
+  override ask(subscribe: readonly string[], unsubscribe: readonly string[]): Effect[] {
+    for (const name of subscribe) this.names.add(name);
+    for (const name of unsubscribe) {
+      this.names.delete(name);
+      this.holds.delete(name);
+    }
+    return this.#say();
+  }
+  override apply(pushed: DeltaResponse): Effect[] {
+    expect(pushed.removed).toEqual([]);
+    if (this.typeUrl === CDS) {
+      expect(pushed.systemVersion, "the same world is pushed again").not.toBe(this.#version);
+      this.holds.clear();
+    }
+    for (const { name, any, version } of pushed.resources) {
+      if (version === "") this.holds.delete(name);
+      else this.holds.set(name, { any, version });
+    }
+    this.#version = pushed.systemVersion;
+    this.#nonce = pushed.nonce;
+    return this.#say();
+  }
+  #say(): Effect[] {
+    const said = { version: this.#version, names: [...this.names], responseNonce: this.#nonce };
+    return this.cache.fromSotwEnvoy(this.id, sotw(this.typeUrl, said));
   }
 }
 
@@ -325,9 +551,11 @@ const step = fc.oneof(
 );
 
 describe.for([
-  ["clusters, all of them", CDS],
-  ["endpoints, by name", EDS],
-] as const)("%s: whatever happens", ([, typeUrl]) => {
+  ["clusters, all of them, two of delta", CDS, ModelEnvoy],
+  ["endpoints, by name, two of delta", EDS, ModelEnvoy],
+  ["clusters, all of them, one of delta, one of state of the world", CDS, ModelSotwEnvoy],
+  ["endpoints, by name, one of delta, one of state of the world", EDS, ModelSotwEnvoy],
+] as const)("%s: whatever happens", ([, typeUrl, second]) => {
   test("each Envoy ends up with what it wants of what istiod has, nothing is pushed twice, every nonce is answered", () => {
     fc.assert(
       fc.property(fc.array(step, { maxLength: 25 }), (steps) => {
@@ -341,20 +569,20 @@ describe.for([
               for (const it of istiod.hear(effect.request)) carry(cache.fromUpstream(it));
             else {
               const envoy = [...envoys.values()].find(({ id }) => id === effect.stream);
-              if (envoy !== undefined) carry(cache.fromEnvoy(envoy.id, envoy.apply(effect.response)));
+              if (envoy !== undefined) carry(envoy.apply(effect.response));
             }
           }
         };
         const connect = (which: number): void => {
           const before = envoys.get(which);
-          const envoy = new ModelEnvoy(++stream, typeUrl);
-          for (const [held, value] of before?.holds ?? []) envoy.holds.set(held, value);
+          stream += 1;
+          const Model = which === 2 ? second : ModelEnvoy;
+          const envoy = before?.reconnects(stream) ?? new Model(cache, stream, typeUrl);
           envoys.set(which, envoy);
           if (before !== undefined) carry(cache.envoyClosed(before.id));
-          cache.envoyOpened(envoy.id);
-          if (typeUrl === CDS) carry(cache.fromEnvoy(envoy.id, envoy.ask([], [])));
-          else if ((before?.names.size ?? 0) > 0)
-            carry(cache.fromEnvoy(envoy.id, envoy.ask([...(before?.names ?? [])], [])));
+          envoy.open();
+          if (typeUrl === CDS) carry(envoy.ask([], []));
+          else if ((before?.names.size ?? 0) > 0) carry(envoy.ask([...(before?.names ?? [])], []));
         };
         carry(cache.upstreamOpened());
         connect(1);
@@ -372,7 +600,7 @@ describe.for([
             const has = envoy?.names.has(it.name) === true;
             if (envoy === undefined || has === (it.do === "want")) continue;
             const [subscribe, unsubscribe] = it.do === "want" ? [[it.name], []] : [[], [it.name]];
-            carry(cache.fromEnvoy(envoy.id, envoy.ask(subscribe, unsubscribe)));
+            carry(envoy.ask(subscribe, unsubscribe));
           }
         }
         for (const envoy of envoys.values()) {

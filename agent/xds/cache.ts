@@ -1,6 +1,12 @@
 import { hash } from "node:crypto";
-import { type DeltaRequest, type DeltaResponse, type Resource, TYPE_URL } from "../proto/discovery.ts";
-import { type RpcStatus, readAny, readMessage } from "../proto/wire.ts";
+import {
+  type DeltaRequest,
+  type DeltaResponse,
+  type Resource,
+  type SotwRequest,
+  TYPE_URL,
+} from "../proto/discovery.ts";
+import { BinaryWriter, put, type RpcStatus, readAny, readMessage, writeAny } from "../proto/wire.ts";
 import type { ResourceSet } from "./lastGood.ts";
 import { type HasExtension, nameOf, strip } from "./strip.ts";
 
@@ -10,6 +16,9 @@ export interface Watch {
   readonly wildcard: "none" | "legacy" | "star";
   readonly names: ReadonlySet<string>;
 }
+
+/** The two variants of ADS: what changed, or (clusters and listeners) always all of it. */
+export type Dialect = "delta" | "sotw";
 
 /** Where to send what. `upstream` is istiod; a number is one Envoy stream. */
 export type Effect =
@@ -25,16 +34,21 @@ interface EnvoyWatch {
   answered: boolean;
   /** It came with resources that it held already. */
   readonly warm: boolean;
+  /** State of the world: the version of all of it that it came with; empty if it had none, or has been answered. */
+  held: string;
 }
 
 interface Downstream {
+  readonly dialect: Dialect;
   /** What this Envoy can load; until it has said, all. */
   has: HasExtension;
   readonly watches: Map<string, EnvoyWatch>;
   /** Endpoints that must follow a cluster that was pushed, whether or not their bytes changed (see `#push`). */
   readonly awaitedEndpoints: Set<string>;
   /** Our nonces that Envoy has not answered → the upstream nonce they stand for, if they stand for one. */
-  readonly outstanding: Map<string, { typeUrl: string; upstreamNonce: string | undefined }>;
+  readonly outstanding: Map<string, { readonly typeUrl: string; upstreamNonce: string | undefined }>;
+  /** Type → why it refused the last that it answered of it. */
+  readonly refused: Map<string, RpcStatus>;
 }
 
 /** A resource with two versions: istiod's (often empty), and ours, which is a digest of the bytes. */
@@ -56,26 +70,26 @@ interface TypeState {
   restored: boolean;
   version: string;
   acked: string | undefined;
-  lastNack: string | undefined;
 }
 
 export interface TypeStatus {
   readonly typeUrl: string;
   readonly resources: number;
-  /** The upstream's version that Envoy has accepted last. */
+  /** The upstream's version that every Envoy has accepted last. */
   readonly acked: string | undefined;
-  /** Envoy's words, if it refused the last one. */
+  /** The words of an Envoy that refused the last one it got. */
   readonly lastNack: string | undefined;
 }
 
 const EMPTY: ReadonlyMap<string, string> = new Map();
 
 /**
- * A terminating delta-xDS cache: Envoy's streams on one side, one stream to istiod on the other, own nonces towards
- * Envoy. Pure: each call returns what is to be sent. Resources are opaque bytes.
+ * A terminating xDS cache: Envoy's streams on one side, delta or state of the world, one delta stream to istiod on the
+ * other, own nonces towards Envoy. Pure: each call returns what is to be sent. Resources are opaque bytes.
  *
  * What istiod sends is kept, so that an Envoy that comes (back) is served at once, and on a reconnect istiod is told
- * what is held already; only bytes that changed go on to Envoy. istiod hears ACK or NACK when Envoy has said it.
+ * what is held already; only bytes that changed go on to Envoy. istiod hears ACK when the last Envoy that got a response
+ * has said it, NACK when the first one has.
  *
  * What is kept is what istiod sent. What an Envoy cannot load is taken out on the way to that one (`strip`); the version
  * that it hears stays that of istiod's bytes.
@@ -106,12 +120,14 @@ export class DeltaCache {
     }
   }
 
-  envoyOpened(stream: number): void {
+  envoyOpened(stream: number, dialect: Dialect = "delta"): void {
     this.#downstreams.set(stream, {
+      dialect,
       has: () => true,
       watches: new Map(),
       awaitedEndpoints: new Set(),
       outstanding: new Map(),
+      refused: new Map(),
     });
   }
 
@@ -124,12 +140,49 @@ export class DeltaCache {
   envoyClosed(stream: number): Effect[] {
     const downstream = this.#downstreams.get(stream);
     this.#downstreams.delete(stream);
-    if (this.#downstreams.size === 0) return [];
-    return [...(downstream?.watches.keys() ?? [])].flatMap((typeUrl) => this.#forgetUnwanted(typeUrl));
+    if (downstream === undefined || this.#downstreams.size === 0) return [];
+    return [
+      // The others have accepted what only this one had not answered.
+      ...[...downstream.outstanding.values()].flatMap(({ typeUrl, upstreamNonce }) =>
+        this.#answer(typeUrl, upstreamNonce, undefined),
+      ),
+      ...[...downstream.watches.keys()].flatMap((typeUrl) => this.#forgetUnwanted(typeUrl)),
+    ];
+  }
+
+  /** A request of an Envoy that speaks state of the world: it names all that it wants each time. */
+  fromSotwEnvoy(stream: number, request: SotwRequest): Effect[] {
+    const { typeUrl, version, responseNonce, error } = request;
+    const known = this.#downstreams.get(stream)?.watches.get(typeUrl);
+    const names = new Set(request.names.filter((name) => name !== "*"));
+    // Naming nothing means everything, for clusters and listeners and as long as nothing was named.
+    const legacy = names.size === 0 && WHOLE.includes(typeUrl) && (known === undefined || known.wildcard);
+    const wildcard = legacy || request.names.includes("*");
+    if (known === undefined && !wildcard && names.size === 0) return [];
+    const star = wildcard !== (known?.wildcard ?? legacy) ? ["*"] : [];
+    const fresh = [...names].filter((name) => known?.names.has(name) !== true);
+    const given = [...(known?.names ?? [])].filter((name) => !names.has(name));
+    return this.#fromEnvoy(
+      stream,
+      {
+        typeUrl,
+        responseNonce,
+        subscribe: wildcard ? [...star, ...fresh] : fresh,
+        unsubscribe: wildcard ? given : [...star, ...given],
+        // It has something under each name, and does not say what.
+        initialVersions: new Map(version === "" ? [] : [...names].map((name) => [name, ""])),
+        ...(error === undefined ? {} : { error }),
+      },
+      version,
+    );
   }
 
   /** A request of an Envoy: subscription, ACK or NACK, or all at once. */
   fromEnvoy(stream: number, request: DeltaRequest): Effect[] {
+    return this.#fromEnvoy(stream, request, "");
+  }
+
+  #fromEnvoy(stream: number, request: DeltaRequest, held: string): Effect[] {
     const downstream = this.#downstreams.get(stream);
     if (downstream === undefined) return [];
     const { typeUrl } = request;
@@ -139,7 +192,9 @@ export class DeltaCache {
     const answered = downstream.outstanding.get(request.responseNonce);
     if (answered !== undefined) {
       downstream.outstanding.delete(request.responseNonce);
-      effects.push(...this.#settle(typeUrl, state, answered.upstreamNonce, request.error));
+      if (request.error === undefined) downstream.refused.delete(typeUrl);
+      else downstream.refused.set(typeUrl, request.error);
+      effects.push(...this.#answer(typeUrl, answered.upstreamNonce, request.error));
     }
 
     const known = downstream.watches.get(typeUrl);
@@ -148,7 +203,8 @@ export class DeltaCache {
       names: new Set(),
       sent: new Map(request.initialVersions),
       answered: false,
-      warm: request.initialVersions.size > 0,
+      warm: request.initialVersions.size > 0 || held !== "",
+      held,
     };
     if (known === undefined) downstream.watches.set(typeUrl, watch);
     // Legacy wildcard: a first request that names nothing (xDS protocol, "How the client specifies what resources to return").
@@ -198,8 +254,8 @@ export class DeltaCache {
     const pushes = [...this.#downstreams].flatMap(([stream, downstream]) =>
       this.#push(stream, downstream, typeUrl, { nonce: response.nonce, gone }),
     );
-    // Nothing of it concerns an Envoy: nobody else will acknowledge it.
-    return pushes.length > 0 ? pushes : this.#settle(typeUrl, state, response.nonce, undefined);
+    // Nothing of it is news to an Envoy: nobody else will answer it. What was refused before still is.
+    return pushes.length > 0 ? pushes : this.#answer(typeUrl, response.nonce, this.#refusal(typeUrl));
   }
 
   /** Counts what upstream has said. */
@@ -226,7 +282,7 @@ export class DeltaCache {
     for (const [typeUrl, state] of this.#types) {
       const wanted = this.#wanted(typeUrl);
       if (typeUrl === TYPE_URL.secret || (!wanted.wildcard && wanted.names.size === 0)) continue;
-      if (state.lastNack !== undefined || (wanted.wildcard && !state.complete)) return undefined;
+      if (this.#refusal(typeUrl) !== undefined || (wanted.wildcard && !state.complete)) return undefined;
       for (const name of wanted.names)
         if (!state.resources.has(name) && !state.absent.has(name)) return undefined;
       set.set(
@@ -275,11 +331,11 @@ export class DeltaCache {
   status(): TypeStatus[] {
     return [...this.#types]
       .sort(([a], [b]) => byPushOrder(a, b))
-      .map(([typeUrl, { resources, acked, lastNack }]) => ({
+      .map(([typeUrl, { resources, acked }]) => ({
         typeUrl,
         resources: resources.size,
         acked,
-        lastNack,
+        lastNack: this.#refusal(typeUrl)?.message,
       }));
   }
 
@@ -322,31 +378,33 @@ export class DeltaCache {
       restored: false,
       version: "",
       acked: undefined,
-      lastNack: undefined,
     };
     this.#types.set(typeUrl, state);
     return state;
   }
 
-  #settle(
-    typeUrl: string,
-    state: TypeState,
-    upstreamNonce: string | undefined,
-    error: RpcStatus | undefined,
-  ): Effect[] {
-    if (error === undefined) {
-      state.acked = state.version;
-      state.lastNack = undefined;
-    } else {
-      state.lastNack = error.message;
-    }
+  /** Tells istiod of its response: a refusal at once, an ACK when no Envoy is left that has to answer. */
+  #answer(typeUrl: string, upstreamNonce: string | undefined, error: RpcStatus | undefined): Effect[] {
+    const waiting = [...this.#downstreams.values()]
+      .flatMap(({ outstanding }) => [...outstanding.values()])
+      .filter((it) => it.typeUrl === typeUrl);
+    const state = this.#type(typeUrl);
+    if (waiting.length === 0 && this.#refusal(typeUrl) === undefined) state.acked = state.version;
     if (upstreamNonce === undefined || !this.#upstreamOpen) return [];
-    return [
-      {
-        to: "upstream",
-        request: { ...bare(typeUrl, upstreamNonce), ...(error === undefined ? {} : { error }) },
-      },
-    ];
+    const same = waiting.filter((it) => it.upstreamNonce === upstreamNonce);
+    if (error === undefined && same.length > 0) return [];
+    for (const entry of same) entry.upstreamNonce = undefined;
+    const request = { ...bare(typeUrl, upstreamNonce), ...(error === undefined ? {} : { error }) };
+    return [{ to: "upstream", request }];
+  }
+
+  /** Why an Envoy refused the last that it answered of the type. */
+  #refusal(typeUrl: string): RpcStatus | undefined {
+    for (const { refused } of this.#downstreams.values()) {
+      const error = refused.get(typeUrl);
+      if (error !== undefined) return error;
+    }
+    return undefined;
   }
 
   #isWatched(typeUrl: string): boolean {
@@ -420,6 +478,8 @@ export class DeltaCache {
     const watch = downstream.watches.get(typeUrl);
     if (watch === undefined) return [];
     const state = this.#type(typeUrl);
+    const sotw = downstream.dialect === "sotw";
+    const whole = sotw && WHOLE.includes(typeUrl);
     const wants = (name: string): boolean => watch.wildcard || watch.names.has(name);
     const awaited = typeUrl === TYPE_URL.endpoint ? downstream.awaitedEndpoints : undefined;
     // What an Envoy brought along is not older than what is on disk: only a name that it lacks is taken from there.
@@ -439,14 +499,22 @@ export class DeltaCache {
     // Envoy waits for a named resource until it comes or is said not to exist.
     for (const name of cause.gone) if (watch.names.has(name) && !removed.includes(name)) removed.push(name);
     // The first answer to a wildcard is owed even when it is empty: Envoy's initialisation waits for it.
-    const owed = watch.wildcard && state.complete && !watch.answered && watch.sent.size === 0;
+    const owed = watch.wildcard && state.complete && !watch.answered && watch.sent.size === 0 && !outdated;
     if (resources.length + removed.length === 0 && !owed) return [];
+    const sending = whole ? [...state.resources.values()].filter(({ name }) => wants(name)) : resources;
+    const version = sotw ? versionOf(sending) : state.version;
+    // An agent that has just restarted: all of it is what this Envoy holds.
+    const same = whole && version === watch.held;
+    watch.held = "";
     watch.answered = true;
     for (const { name, digest } of resources) {
       watch.sent.set(name, digest);
       awaited?.delete(name);
     }
     for (const name of removed) watch.sent.delete(name);
+    // Among endpoints and routes state of the world has no word for what does not exist.
+    const unsaid = sotw && !whole && typeUrl !== TYPE_URL.endpoint;
+    if (same || (unsaid && sending.length === 0)) return [];
     this.#nonce += 1;
     const nonce = String(this.#nonce);
     downstream.outstanding.set(nonce, { typeUrl, upstreamNonce: cause.nonce });
@@ -455,14 +523,17 @@ export class DeltaCache {
         to: "envoy",
         stream,
         response: {
-          systemVersion: state.version,
+          systemVersion: version,
           typeUrl,
-          resources: resources.map(({ name, digest, any, istioOnly }) => ({
-            name,
-            version: digest,
-            any: istioOnly.length === 0 ? any : strip(typeUrl, any, downstream.has).any,
-          })),
-          removed,
+          resources: [
+            ...sending.map(({ name, digest, any, istioOnly }) => ({
+              name,
+              version: digest,
+              any: istioOnly.length === 0 ? any : strip(typeUrl, any, downstream.has).any,
+            })),
+            ...(sotw && typeUrl === TYPE_URL.endpoint ? removed.map(noEndpoints) : []),
+          ],
+          removed: sotw ? [] : removed,
           nonce,
         },
       },
@@ -504,6 +575,19 @@ function endpointsOf(any: Uint8Array): string | undefined {
   return byDiscovery ? serviceName || name : undefined;
 }
 
+/** Said of a cluster that istiod knows no endpoints of, as istiod itself does in state of the world: Envoy waits for it. */
+function noEndpoints(name: string): Resource {
+  const assignment = new BinaryWriter();
+  put(assignment, 1, name);
+  return { name, version: "", any: writeAny(TYPE_URL.endpoint, assignment.finish()) };
+}
+
+/** Of the same resources the same, whoever was up in between. */
+function versionOf(resources: readonly Held[]): string {
+  const parts = resources.map(({ name, digest }) => `${digest} ${name}`).sort();
+  return hash("sha256", parts.join("\n"), "base64url").slice(0, 16);
+}
+
 function bare(typeUrl: string, responseNonce: string): DeltaRequest {
   return { typeUrl, responseNonce, subscribe: [], unsubscribe: [], initialVersions: EMPTY };
 }
@@ -523,6 +607,8 @@ function hold(typeUrl: string, resource: Resource): Held {
 
 /** What every Envoy asks for. */
 const OWED: readonly string[] = [TYPE_URL.cluster, TYPE_URL.listener];
+/** Of these a state-of-the-world response is all there is: what it leaves out is removed. */
+const WHOLE = OWED;
 const ORDER: readonly string[] = [TYPE_URL.cluster, TYPE_URL.endpoint, TYPE_URL.listener, TYPE_URL.route];
 /** Clusters before endpoints before listeners before routes: the make-before-break order of the xDS protocol. */
 function byPushOrder(a: string, b: string): number {

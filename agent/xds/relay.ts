@@ -17,18 +17,24 @@ import {
   type Resource,
   readDeltaRequest,
   readDeltaResponse,
+  readSotwRequest,
+  type SotwRequest,
   TYPE_URL,
   writeDeltaRequest,
   writeDeltaResponse,
+  writeSotwResponse,
 } from "../proto/discovery.ts";
 import { type NameInfo, readNameTable } from "../proto/istio.ts";
 import { type RpcStatus, readAny } from "../proto/wire.ts";
-import { DeltaCache, type Effect, type TypeStatus } from "./cache.ts";
+import { DeltaCache, type Dialect, type Effect, type TypeStatus } from "./cache.ts";
 import { needleOf, workloadAt } from "./endpoints.ts";
 import type { LastGoodFile, ResourceSet } from "./lastGood.ts";
 import { extensionsOf } from "./strip.ts";
 
-const DELTA_ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService";
+const DELTA_ADS = `${ADS}/DeltaAggregatedResources`;
+/** What an Envoy calls whose bootstrap says `GRPC` instead of `DELTA_GRPC`. */
+const SOTW_ADS = `${ADS}/StreamAggregatedResources`;
 
 /** How long istiod's stream stays when the last Envoy has gone: a restart of Envoy must not deregister the machine. */
 const LINGER_MS = 30 * SECOND_MS;
@@ -102,7 +108,7 @@ export interface RelayStatus {
 export class AdsRelay {
   readonly #deps: RelayDeps;
   readonly #cache = new DeltaCache();
-  readonly #envoys = new Map<number, ServedStream>();
+  readonly #envoys = new Map<number, { readonly stream: ServedStream; readonly dialect: Dialect }>();
   #nextStream = 1;
   #node: Uint8Array | undefined;
   #upstream: ByteStream | undefined;
@@ -132,7 +138,10 @@ export class AdsRelay {
   async run(signal: AbortSignal, onListening: () => void = () => undefined): Promise<void> {
     const server = serveStreams({
       ...this.#deps.alsoServed,
-      [DELTA_ADS]: (stream) => this.#serve(stream),
+      [DELTA_ADS]: (stream) =>
+        this.#serve(stream, "delta", readDeltaRequest, (id, it) => this.#cache.fromEnvoy(id, it)),
+      [SOTW_ADS]: (stream) =>
+        this.#serve(stream, "sotw", readSotwRequest, (id, it) => this.#cache.fromSotwEnvoy(id, it)),
     });
     await using _listener = await this.#deps.listen((socket) => server.accept(socket));
     onListening();
@@ -237,17 +246,22 @@ export class AdsRelay {
     }
   }
 
-  #serve(stream: ServedStream): void {
+  #serve<Request extends DeltaRequest | SotwRequest>(
+    stream: ServedStream,
+    dialect: Dialect,
+    read: (message: Uint8Array) => Request,
+    ask: (id: number, request: Request) => readonly Effect[],
+  ): void {
     const id = this.#nextStream++;
-    this.#envoys.set(id, stream);
-    this.#cache.envoyOpened(id);
+    this.#envoys.set(id, { stream, dialect });
+    this.#cache.envoyOpened(id, dialect);
     this.#deps.onEvent({ kind: "envoy-connected", streams: this.#envoys.size });
     stream.onMessage((message) => {
-      let request: DeltaRequest;
+      let request: Request;
       try {
-        request = readDeltaRequest(message);
+        request = read(message);
       } catch (thrown) {
-        stream.fail(`not a delta discovery request: ${messageOf(thrown)}`);
+        stream.fail(`not a ${dialect} discovery request: ${messageOf(thrown)}`);
         return;
       }
       if (request.node !== undefined) {
@@ -258,7 +272,7 @@ export class AdsRelay {
       if (request.error !== undefined) {
         this.#deps.onEvent({ kind: "rejected", typeUrl: request.typeUrl, reason: request.error.message });
       }
-      this.#carryOut(this.#cache.fromEnvoy(id, request));
+      this.#carryOut(ask(id, request));
     });
     stream.onDrain(() => this.#upstream?.resume());
     stream.onClose(() => {
@@ -272,9 +286,12 @@ export class AdsRelay {
 
   #carryOut(effects: readonly Effect[]): void {
     for (const effect of effects) {
-      if (effect.to === "upstream") this.#request(effect.request);
-      else if (this.#envoys.get(effect.stream)?.send(writeDeltaResponse(effect.response)) === false)
-        this.#upstream?.pause();
+      if (effect.to === "upstream") {
+        this.#request(effect.request);
+        continue;
+      }
+      const envoy = this.#envoys.get(effect.stream);
+      if (envoy?.stream.send(WRITE[envoy.dialect](effect.response)) === false) this.#upstream?.pause();
     }
     if (this.#staleSince !== undefined && this.#connectedTo !== undefined && !this.#cache.stale) {
       this.#staleSince = undefined;
@@ -467,6 +484,17 @@ export class AdsRelay {
     }
   }
 }
+
+const WRITE: Readonly<Record<Dialect, (response: DeltaResponse) => Uint8Array>> = {
+  delta: writeDeltaResponse,
+  sotw: ({ systemVersion, typeUrl, nonce, resources }) =>
+    writeSotwResponse({
+      version: systemVersion,
+      typeUrl,
+      nonce,
+      resources: resources.map(({ any }) => any),
+    }),
+};
 
 /** What an unreadable message means for the stream that it came on: nothing behind it can be trusted to be in order. */
 function unreadable(target: GrpcTarget, cause: unknown): VmmeshError {

@@ -7,7 +7,13 @@ import { text } from "node:stream/consumers";
 import { afterEach, describe, expect, test } from "vitest";
 import type { ServedStream } from "../../agent/platform/grpc.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
-import { readDeltaRequest, TYPE_URL, writeDeltaResponse } from "../../agent/proto/discovery.ts";
+import {
+  type DeltaRequest,
+  type Resource,
+  readDeltaRequest,
+  TYPE_URL,
+  writeDeltaResponse,
+} from "../../agent/proto/discovery.ts";
 import { BinaryWriter, put, writeAny } from "../../agent/proto/wire.ts";
 import { AdsRelay, type RelayEvent } from "../../agent/xds/relay.ts";
 import { encode, type Message, TYPE_PREFIX } from "../controlplane/protos.ts";
@@ -70,7 +76,12 @@ function listener(): Uint8Array {
   });
 }
 
-function bootstrap(folder: string): string {
+/** As Envoy's bootstrap calls them: what changed, or state of the world. */
+type ApiType = "DELTA_GRPC" | "GRPC";
+const API_TYPES: readonly ApiType[] = ["DELTA_GRPC", "GRPC"];
+const VARIANTS = ENVOY_VERSIONS.flatMap((version) => API_TYPES.map((api) => ({ version, api })));
+
+function bootstrap(folder: string, api: ApiType, socket: string): string {
   const source = { ads: {}, initial_fetch_timeout: "0s", resource_api_version: "V3" };
   const type = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
   const relay = {
@@ -84,9 +95,7 @@ function bootstrap(folder: string): string {
     },
     load_assignment: {
       cluster_name: "xds-grpc",
-      endpoints: [
-        { lb_endpoints: [{ endpoint: { address: { pipe: { path: join(folder, "xds.sock") } } } }] },
-      ],
+      endpoints: [{ lb_endpoints: [{ endpoint: { address: { pipe: { path: socket } } } }] }],
     },
   };
   return JSON.stringify({
@@ -96,7 +105,7 @@ function bootstrap(folder: string): string {
       lds_config: source,
       cds_config: source,
       ads_config: {
-        api_type: "DELTA_GRPC",
+        api_type: api,
         transport_api_version: "V3",
         set_node_on_first_message_only: true,
         grpc_services: [{ envoy_grpc: { cluster_name: "xds-grpc" } }],
@@ -128,19 +137,18 @@ afterEach(async () => {
   }
 });
 
-/** The relay towards `istiod`, and an Envoy behind it; both end with the scope. */
-async function start(
-  version: EnvoyTestVersion,
-  folder: string,
+/** The relay towards `istiod`; it ends with the scope. */
+async function startRelay(
+  socket: string,
   istiod: FakeIstiod,
   onEvent: (event: RelayEvent) => void = () => undefined,
-): Promise<AsyncDisposable> {
+): Promise<AsyncDisposable & { readonly relay: AdsRelay }> {
   const host = linuxHost();
   const target = { address: "127.0.0.1", port: istiod.port, serverName: SERVER_NAME, metadata: {} };
   const relay = new AdsRelay({
     host,
     inboundPorts: [],
-    listen: (onConnection) => host.net.listenUnix(join(folder, "xds.sock"), { mode: 0o600 }, onConnection),
+    listen: (onConnection) => host.net.listenUnix(socket, { mode: 0o600 }, onConnection),
     upstreams: async () => [{ ...target, rootCert: istiod.authority.rootPem }],
     onEvent,
   });
@@ -149,7 +157,23 @@ async function start(
   await new Promise<void>((resolve) => {
     running = relay.run(stop.signal, resolve);
   });
-  await writeFile(join(folder, "bootstrap.json"), bootstrap(folder));
+  return {
+    relay,
+    async [Symbol.asyncDispose]() {
+      stop.abort();
+      await running;
+    },
+  };
+}
+
+/** An Envoy that is configured over `socket`; its admin socket is in `folder`. */
+async function startEnvoy(
+  version: EnvoyTestVersion,
+  api: ApiType,
+  folder: string,
+  socket: string,
+): Promise<ChildProcess> {
+  await writeFile(join(folder, "bootstrap.json"), bootstrap(folder, api, socket));
   const argv = [
     "-c",
     join(folder, "bootstrap.json"),
@@ -159,16 +183,25 @@ async function start(
     "-l",
     "error",
   ];
-  children.push(spawn(await fetchEnvoy(version), argv, { stdio: "inherit" }));
-  return {
-    async [Symbol.asyncDispose]() {
-      stop.abort();
-      await running;
-    },
-  };
+  const child = spawn(await fetchEnvoy(version), argv, { stdio: "inherit" });
+  children.push(child);
+  return child;
 }
 
-describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
+/** The relay towards `istiod`, and an Envoy behind it. */
+async function start(
+  { version, api }: { version: EnvoyTestVersion; api: ApiType },
+  folder: string,
+  istiod: FakeIstiod,
+  onEvent?: (event: RelayEvent) => void,
+): Promise<AsyncDisposable> {
+  const socket = join(folder, "xds.sock");
+  const relay = await startRelay(socket, istiod, onEvent);
+  await startEnvoy(version, api, folder, socket);
+  return relay;
+}
+
+describe.for(VARIANTS)("Envoy $version behind the relay, by $api", (variant) => {
   // With the endpoints held back because their bytes are the same, the changed cluster is never used: 1.40 was seen to wait.
   test("a cluster that changes while its endpoints do not comes into use", async () => {
     const folder = await mkdtemp(join(tmpdir(), "vmmesh-envoy-relay-"));
@@ -185,7 +218,7 @@ describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
         });
       },
     });
-    await using _envoy = await start(version, folder, istiod);
+    await using _envoy = await start(variant, folder, istiod);
 
     const soon = { timeout: 20_000, interval: 50 };
     await expect.poll(() => statistic(folder, "listener_manager.lds.update_success"), soon).toBe(1);
@@ -212,7 +245,7 @@ describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
       },
     });
     const events: RelayEvent[] = [];
-    await using _envoy = await start(version, folder, istiod, (event) => events.push(event));
+    await using _envoy = await start(variant, folder, istiod, (event) => events.push(event));
 
     const soon = { timeout: 20_000, interval: 50 };
     await expect.poll(() => statistic(folder, "cluster_manager.cds.update_success"), soon).toBe(1);
@@ -231,3 +264,73 @@ describe.for(ENVOY_VERSIONS)("Envoy %s behind the relay", (version) => {
     await rm(folder, { recursive: true });
   });
 });
+
+/** A cluster without endpoints of its own under that name, which no two versions share the bytes of. */
+function named(name: string, connectSeconds: number, ...filters: readonly Message[]) {
+  const message = { name, type: "STATIC", connect_timeout: { seconds: connectSeconds }, filters };
+  return { name, version: "", any: writeAny(TYPE_URL.cluster, encode(bare(TYPE_URL.cluster), message)) };
+}
+
+describe.for(ENVOY_VERSIONS)(
+  "two Envoys %s of one node, one by delta and one by state of the world",
+  (version) => {
+    test("both get everything, a NACK is heard, and the upstream outlives one of them", async () => {
+      const root = await mkdtemp(join(tmpdir(), "vmmesh-envoy-two-"));
+      const socket = join(root, "xds.sock");
+      const opened: ServedStream[] = [];
+      const answers: DeltaRequest[] = [];
+      const send = (nonce: string, resources: readonly Resource[], removed: readonly string[] = []): void => {
+        const typeUrl = TYPE_URL.cluster;
+        opened[0]?.send(writeDeltaResponse({ systemVersion: nonce, typeUrl, nonce, resources, removed }));
+      };
+      await using istiod = await startIstiod({
+        [ADS]: (stream) => {
+          opened.push(stream);
+          stream.onMessage((message) => {
+            const asked = readDeltaRequest(message);
+            if (asked.responseNonce !== "") answers.push(asked);
+            else if (asked.typeUrl === TYPE_URL.cluster) send("c1", [named("a", 1), named("b", 1)]);
+            else if (asked.typeUrl === TYPE_URL.listener) push(stream, "l1", asked.typeUrl);
+          });
+        },
+      });
+      await using running = await startRelay(socket, istiod);
+      const { relay } = running;
+      const soon = { timeout: 20_000, interval: 50 };
+      const envoys = await Promise.all(
+        API_TYPES.map(async (api) => {
+          const folder = await mkdtemp(join(root, "envoy-"));
+          const child = await startEnvoy(version, api, folder, socket);
+          return { child, clusters: () => statistic(folder, "cluster_manager.active_clusters") };
+        }),
+      );
+      // One more than those of istiod: the way to the relay itself.
+      const everywhere = (count: number) =>
+        expect
+          .poll(() => Promise.all(envoys.map(({ clusters }) => clusters())), soon)
+          .toEqual(envoys.map(() => count + 1));
+      const answerTo = (nonce: string) => answers.find(({ responseNonce }) => responseNonce === nonce);
+      await everywhere(2);
+      send("c2", [named("a", 2), named("c", 2), named("d", 2)], ["b"]);
+      await everywhere(3);
+      await expect.poll(() => answerTo("c2"), soon).toMatchObject({ typeUrl: TYPE_URL.cluster });
+      expect(answerTo("c2")?.error).toBe(undefined);
+
+      send("c3", [named("bad", 1, foreign("istio.stats", "example.Guard"))]);
+      await expect.poll(() => answerTo("c3")?.error?.message, soon).toContain("example.Guard");
+      const nack = () => relay.status().types.find(({ typeUrl }) => typeUrl === TYPE_URL.cluster)?.lastNack;
+      expect(nack()).toContain("istio.stats");
+      send("c4", [], ["bad"]);
+      await expect.poll(nack, soon).toBe(undefined);
+
+      const [gone] = envoys.splice(0, 1);
+      gone?.child.kill("SIGKILL");
+      await expect.poll(() => relay.status().envoys, soon).toBe(1);
+      send("c5", [named("e", 3)]);
+      await everywhere(4);
+      await expect.poll(() => answerTo("c5"), soon).toMatchObject({ typeUrl: TYPE_URL.cluster });
+      expect([opened.length, relay.status().reconnects]).toEqual([1, 0]);
+      await rm(root, { recursive: true });
+    });
+  },
+);
