@@ -7,7 +7,7 @@ import { parseMeshConfig } from "../mesh/bundle.ts";
 import { parseEnv } from "../mesh/env.ts";
 import type { Workload } from "../mesh/types.ts";
 import { workloadOf } from "../mesh/workload.ts";
-import type { Host } from "../platform/host.ts";
+import type { Host, Net } from "../platform/host.ts";
 
 const DISCOVERY_PORT = 15012;
 
@@ -43,8 +43,8 @@ export function spiffeOf(workload: Workload): string {
  * @throws {VmmeshError} ISTIOD_UNREACHABLE if no address is known
  */
 export async function istiodTarget(
-  host: Pick<Host, "net">,
-  workload: Workload,
+  host: { readonly net: Pick<Net, "lookup"> },
+  workload: Pick<Workload, "discoveryAddress" | "istiodAddresses" | "clusterId">,
   rootCert: string,
 ): Promise<CaTarget> {
   const { host: serverName, port } = parseHostPort(workload.discoveryAddress) ?? {

@@ -1,4 +1,6 @@
-import { createServer, type Server } from "node:net";
+import { once } from "node:events";
+import { type AddressInfo, createServer, type Server, type Socket } from "node:net";
+import { setTimeout } from "node:timers/promises";
 import { Metadata, status } from "@grpc/grpc-js";
 import { afterEach, describe, expect, test } from "vitest";
 import { Authority } from "../../test/controlplane/authority.ts";
@@ -49,6 +51,33 @@ describe("a call over TLS", () => {
     stream.send(Buffer.from("hello"));
     await stream.done;
     expect(seen).toEqual(["hello"]);
+  });
+
+  // grpc-js alone was seen to wait beyond 25 s: the control plane's next address was never tried.
+  test("who takes the connection and says nothing is given up in time, and named", async () => {
+    const sockets: Socket[] = [];
+    const silent = createServer((socket) => sockets.push(socket)).listen(0, "127.0.0.1");
+    await once(silent, "listening");
+    const { port } = silent.address() as AddressInfo;
+    const stream = openStream(targetOf(port, ""), ECHO, () => undefined, 300);
+    await expect(stream.done).rejects.toMatchObject({
+      code: "ISTIOD_UNREACHABLE",
+      message: `istiod does not answer at 127.0.0.1:${port}`,
+      cause: { message: "no connection within 0.3 s" },
+    });
+    for (const socket of sockets) socket.destroy();
+    silent.close();
+    await once(silent, "close");
+  });
+
+  test("a stream that came about in time outlives that time", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const target = targetOf(istiod.port, istiod.authority.rootPem);
+    const heard = Promise.withResolvers<void>();
+    const stream = openStream(target, ECHO, () => heard.resolve(), 300);
+    await setTimeout(600);
+    stream.send(Buffer.from("x"));
+    await Promise.all([heard.promise, stream.done]);
   });
 
   test("a method that is not served is said so", async () => {

@@ -11,6 +11,7 @@ import {
   status,
 } from "@grpc/grpc-js";
 import { VmmeshError } from "../core/errors.ts";
+import { SECOND_MS } from "../core/time.ts";
 
 /** Where and as whom to speak gRPC over TLS. */
 export interface GrpcTarget {
@@ -108,11 +109,21 @@ export interface ByteStream {
   close(): void;
 }
 
-/** Opens a stream; `onMessage` gets each message as it comes. */
+/**
+ * How long TCP and TLS may take. grpc-js has no bound of its own: a load balancer that takes the connection and has nobody
+ * behind it was seen to be waited for beyond 25 s, with the next address untried.
+ */
+const CONNECT_MS = 10 * SECOND_MS;
+
+/**
+ * Opens a stream; `onMessage` gets each message as it comes.
+ * @param connectMs without a connection after that, `done` rejects with ISTIOD_UNREACHABLE
+ */
 export function openStream(
   target: GrpcTarget,
   path: string,
   onMessage: (message: Uint8Array) => void,
+  connectMs: number = CONNECT_MS,
 ): ByteStream {
   const client = clientOf(target);
   const call: ClientDuplexStream<Uint8Array, Buffer> = client.makeBidiStreamRequest(
@@ -125,6 +136,17 @@ export function openStream(
     call.on("data", onMessage);
     call.on("error", (error: ServiceError) => reject(grpcError(error, target)));
     call.on("end", () => resolve());
+    client.waitForReady(Date.now() + connectMs, (late) => {
+      if (late === undefined) return;
+      const details = `no connection within ${connectMs / SECOND_MS} s`;
+      reject(
+        grpcError(
+          Object.assign(late, { code: status.UNAVAILABLE, details, metadata: new Metadata() }),
+          target,
+        ),
+      );
+      call.cancel();
+    });
   }).finally(() => client.close());
   return {
     send: (message) => void call.write(message),
