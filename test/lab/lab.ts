@@ -196,7 +196,7 @@ export class Lab {
   /** What runs, asked of the parts themselves: a test that prints it cannot have run with stand-ins. */
   async versions(): Promise<Versions> {
     // The module that Go has written into the binary which runs; "unknown" is all that its own /version knows.
-    const executable = `/proc/${this.#pidOf("istiod")}/exe`;
+    const executable = `/proc/${this.pidOf("istiod")}/exe`;
     const { stdout } = await sh(["grep", "-aoPm1", "mod\\tistio.io/istio\\t\\K\\S+", executable]);
     const { stdout: kubernetes } = await this.exec([
       "curl",
@@ -217,7 +217,8 @@ export class Lab {
     };
   }
 
-  #pidOf(name: string): number {
+  /** PID of a process of the lab on this machine; 0 if it does not run. */
+  pidOf(name: string): number {
     // `ip netns exec` replaces itself with the program.
     return readState(this.id).processes.find((it) => it.name === name)?.pid ?? 0;
   }

@@ -1,0 +1,77 @@
+import { sleep } from "../lab/lab.ts";
+import type { Row } from "./fault.ts";
+import type { Seen, Stage, Target } from "./stage.ts";
+
+/** What physics costs, and why. */
+export interface Allowance {
+  readonly allowed: number;
+  readonly because: string;
+}
+
+export const NOTHING: Allowance = { allowed: 0, because: "" };
+
+/** Requests go on for so long before a fault: a loss counts against it only if all was well before. */
+const BEFORE_MS = 1_000;
+
+/**
+ * A fault under load: the clients start, the fault is made and ended, all gets well again, the clients stop.
+ * @param faulty makes the fault, ends it, and says what shows that it has happened; throws if it has not
+ */
+export async function underLoad(
+  stage: Stage,
+  fault: string,
+  targets: readonly Target[],
+  faulty: () => Promise<string>,
+  {
+    rate = 200,
+    allowance = () => NOTHING,
+    wellWithinMs = 60_000,
+  }: { rate?: number; allowance?: (target: Target) => Allowance; wellWithinMs?: number } = {},
+): Promise<Row[]> {
+  const loads = targets.map((target) => ({ target, load: stage.load(target, rate) }));
+  try {
+    await sleep(BEFORE_MS);
+    const begun = Date.now();
+    const happened = await faulty();
+    const ended = Date.now();
+    return await Promise.all(
+      loads.map(async ({ target, load }): Promise<Row> => {
+        const isWell = await stage.well(target, wellWithinMs).then(
+          () => true,
+          () => false,
+        );
+        const wellAt = Date.now();
+        const seen = await load.stop();
+        if (seen.firstLoss !== undefined && seen.firstLoss < begun - 100)
+          throw new Error(`${target.url} lost requests before ${fault}: ${words(seen)}`);
+        const { allowed, because } = allowance(target);
+        return {
+          fault,
+          side: target.side,
+          requests: seen.requests,
+          lost: seen.lost,
+          allowed: target.side === "peer" ? undefined : allowed,
+          because,
+          recoverMs: isWell ? recovery(seen, ended, wellAt) : undefined,
+          end: seen.lost === 0 ? "no request was lost" : words(seen),
+          happened,
+        };
+      }),
+    );
+  } finally {
+    for (const { load } of loads) await load.stop().catch(() => undefined);
+  }
+}
+
+/** Until the last request was lost; where none was, until the agent has said that it is well. */
+function recovery(seen: Seen, ended: number, wellAt: number): number {
+  if (seen.lastLoss === undefined) return wellAt - ended;
+  return Math.max(0, (seen.answeredAfter(seen.lastLoss) ?? wellAt) - ended);
+}
+
+const words = ({ reasons }: Seen): string =>
+  Object.entries(reasons)
+    .sort(([, a], [, b]) => b - a)
+    .slice(0, 3)
+    .map(([reason, times]) => `${times} × ${reason}`)
+    .join(", ");
