@@ -1,8 +1,6 @@
 #!/usr/bin/env node
-import { enableCompileCache } from "node:module";
 import { describeError, VmmeshError } from "./core/errors.ts";
 
-enableCompileCache();
 try {
   const { parse } = await import("./cli/parse.ts");
   const parsed = await parse(process.argv.slice(2));

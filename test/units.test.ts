@@ -32,6 +32,12 @@ describe("the units say what the code says", () => {
     }
   });
 
+  test("what holds keys leaves no core dump, and no signal opens a debugger in a Node of ours", () => {
+    for (const name of [UNITS.agent, UNITS.envoy]) expect(unit(name)).toContain("\nLimitCORE=0\n");
+    const starts = [unit(UNITS.agent), unit(UNITS.repairRun), readFileSync("packaging/vmmesh", "utf8")];
+    for (const text of starts) expect(text).toMatch(/\/usr\/lib\/vmmesh\/node --disable-sigusr1 /);
+  });
+
   test("no unit starts sudo or a shell, but for the text that root itself has rendered", () => {
     const [, mend = ""] = /^ExecStart=(.*)$/m.exec(unit(UNITS.mendRun)) ?? [];
     expect(mend).toBe(`-/bin/sh ${at.rules}/confirmed/mend.sh`);

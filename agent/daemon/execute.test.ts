@@ -90,7 +90,7 @@ describe("a join as steps", () => {
         "write /etc/vmmesh/cluster.env (644, root, 24 bytes)",
         "write /etc/vmmesh/sidecar.env (644, root, 27 bytes)",
         "link /etc/vmmesh/envoy → /usr/local/bin/envoy",
-        "make the directory /var/lib/vmmesh (700, agent)",
+        "make an empty directory /var/lib/vmmesh for the agent alone",
         "write /var/lib/vmmesh/token (600, agent, 12 bytes)",
         "make a key, ask istiod's CA for a certificate as spiffe://cluster.local/ns/default/sa/details",
         "start vmmesh-agent.service",
@@ -164,10 +164,27 @@ describe("a join as steps", () => {
 
   test("what a killed join left running starts anew with the files of the second", async () => {
     const { machine, units, log } = fakeMachine();
-    units.set("vmmesh-agent.service", { active: true, enabled: false });
+    units.set("vmmesh-envoy.service", { active: true, enabled: false });
     await execute(steps, fresh, machine, silent, SIGNAL);
-    expect(log.filter((line) => line.endsWith("restarted"))).toEqual(["vmmesh-agent.service restarted"]);
-    expect(log).toContain("vmmesh-envoy.service active=true");
+    expect(log.filter((line) => line.endsWith("restarted"))).toEqual(["vmmesh-envoy.service restarted"]);
+    expect(log).toContain("vmmesh-agent.service active=true");
+  });
+
+  test("what a broken agent left in its directory is gone, and the agent stopped, before root writes there", async () => {
+    const { machine, files, units, log } = fakeMachine();
+    units.set("vmmesh-agent.service", { active: true, enabled: false });
+    await files.makeDir(PATHS.state, { mode: 0o700 });
+    await files.swapLink(PATHS.identity, "/etc");
+    await files.swapLink(PATHS.token, "/etc/shadow");
+    let found: readonly unknown[] = [];
+    const enroll = async (signal: AbortSignal): Promise<void> => {
+      found = await Promise.all([PATHS.identity, PATHS.token].map((path) => files.readLink(path)));
+      await machine.enroll(signal);
+    };
+    const journal = await execute(steps, fresh, { ...machine, enroll }, silent, SIGNAL);
+    expect(found).toEqual([undefined, undefined]);
+    expect(log[0]).toBe("vmmesh-agent.service active=false");
+    expect(JSON.stringify(journal)).not.toContain("/etc/shadow");
   });
 
   test("a journal of a newer vmmesh is refused with advice", async () => {

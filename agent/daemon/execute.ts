@@ -1,7 +1,7 @@
 import { messageOf, VmmeshError } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
-import type { Services } from "../platform/services.ts";
+import { type Services, UNITS } from "../platform/services.ts";
 import type { Owners } from "../platform/users.ts";
 import { grantEnvoy } from "./envoyCapability.ts";
 import { fileBefore, type Journal, type Undo, withEntry, writeJournal } from "./journal.ts";
@@ -32,6 +32,14 @@ const EXECUTORS: { readonly [K in keyof StepArgs]: Executor<StepArgs[K]> } = {
       (await host.files.stat(path)) === undefined ? { do: "remove-tree", path } : undefined,
     run: ({ path, mode, owner }, { host, owners }) =>
       host.files.makeDir(path, { mode, owner: owners[owner] }),
+  },
+  "empty-dir": {
+    undo: async ({ path }) => ({ do: "remove-tree", path }),
+    async run({ path }, { host, owners, services }) {
+      if ((await services.state(UNITS.agent)).active) await services.stop(UNITS.agent);
+      await host.files.remove(path);
+      await host.files.makeDir(path, { mode: 0o700, owner: owners.agent });
+    },
   },
   "write-file": {
     undo: async ({ path }, { host }) => ({

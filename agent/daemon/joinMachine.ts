@@ -3,7 +3,7 @@ import { type Paths, PORTS } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { parseResolvConf } from "../dns/upstream.ts";
 import { enrollByAny } from "../identity/credentials.ts";
-import { loadSvid, storeSvid } from "../identity/svid.ts";
+import { storeSvid } from "../identity/svid.ts";
 import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";
 import { backendWords } from "../iptables/plan/describe.ts";
 import { readSshPorts } from "../iptables/read.ts";
@@ -35,9 +35,6 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
     async enroll(signal) {
       const workload = await readWorkload(host, paths);
       const spiffe = spiffeOf(workload);
-      const held = await loadSvid(host.files, paths.identity);
-      // An interrupted join came this far already; its certificate is as good as a new one.
-      if (held !== undefined && held.spiffe === spiffe && held.notAfter > host.clock.now()) return;
       const ca = await istiodTarget(host, workload, (await host.files.readText(paths.rootCert)) ?? "");
       const { svid } = await enrollByAny(
         {

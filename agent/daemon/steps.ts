@@ -9,6 +9,11 @@ import type { Owners } from "../platform/users.ts";
  */
 export interface StepArgs {
   "make-dir": { readonly path: string; readonly mode: number; readonly owner: keyof Owners };
+  /**
+   * A new directory of the agent's, whatever was there: an agent that was broken may have left links for root to follow.
+   * The agent does not run while root fills it.
+   */
+  "empty-dir": { readonly path: string };
   "write-file": {
     readonly path: string;
     readonly content: string;
@@ -33,6 +38,7 @@ export type Step = { readonly [K in keyof StepArgs]: { readonly do: K } & StepAr
 export function stepKey(step: Step): string {
   switch (step.do) {
     case "make-dir":
+    case "empty-dir":
     case "write-file":
     case "link":
       return `${step.do} ${step.path}`;
@@ -82,7 +88,7 @@ export function planJoin(facts: JoinFacts): Step[] {
       }),
     ),
     { do: "link", path: `${paths.etc}/envoy`, target: facts.envoyPath },
-    { do: "make-dir", path: paths.state, mode: 0o700, owner: "agent" },
+    { do: "empty-dir", path: paths.state },
     ...(facts.token === undefined
       ? []
       : [
@@ -105,6 +111,8 @@ export function describeStep(step: Step): string {
   switch (step.do) {
     case "make-dir":
       return `make the directory ${step.path} (${step.mode.toString(8)}, ${step.owner})`;
+    case "empty-dir":
+      return `make an empty directory ${step.path} for the agent alone`;
     case "write-file":
       return `write ${step.path} (${step.mode.toString(8)}, ${step.owner}, ${step.content.length} bytes)`;
     case "link":

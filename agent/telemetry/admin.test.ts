@@ -67,6 +67,14 @@ describe("the admin socket", () => {
       next: "Start it.",
     });
   });
+  test("an escape sequence from a broken agent does not reach root's terminal", async () => {
+    await serve({
+      status: async () => ({ version: "1\u001b]0;x\u0007\u009b2J" }) as never,
+      drain: () => Promise.reject(new VmmeshError("NOT_READY", "gone\u001b[2J")),
+    });
+    expect(await client().status()).toEqual({ version: "1 ]0;x 2J" });
+    await expect(client().drain()).rejects.toMatchObject({ message: "gone [2J" });
+  });
   test.for([
     { method: "POST" as const, path: "/status", body: undefined, want: 404 },
     { method: "GET" as const, path: "/drain", body: undefined, want: 404 },

@@ -82,10 +82,17 @@ async function readBody(message: IncomingMessage, maxBytes: number): Promise<str
   return Buffer.concat(chunks).toString();
 }
 
+/** Parses JSON; the other side's texts end on root's terminal, where an escape sequence of a broken agent would be obeyed. */
+function withoutControls(json: string): unknown {
+  return JSON.parse(json, (_, value: unknown) =>
+    typeof value === "string" ? value.replace(/\p{Cc}+/gu, " ") : value,
+  );
+}
+
 /** A field of a JSON object if it is a text. */
 function fieldOf(json: string, name: string): string | undefined {
   try {
-    const value = (JSON.parse(json) as Record<string, unknown> | null)?.[name];
+    const value = (withoutControls(json) as Record<string, unknown> | null)?.[name];
     return typeof value === "string" ? value : undefined;
   } catch {
     return undefined;
@@ -150,7 +157,7 @@ export function adminClient(
     }
   };
   return {
-    status: async () => JSON.parse(await ask("GET", "/status", 5 * SECOND_MS)) as StatusSnapshot,
+    status: async () => withoutControls(await ask("GET", "/status", 5 * SECOND_MS)) as StatusSnapshot,
     unhealthy: async (reason) => void (await ask("POST", "/health/unhealthy", 10 * SECOND_MS, { reason })),
     drain: async () => void (await ask("POST", "/drain", REQUEST_MS)),
   };

@@ -202,7 +202,7 @@ DEBIAN_FRONTEND=noninteractive chroot $TO/root apt-get install -y -qq --no-insta
 chroot $TO/root apt-get clean
 rm -rf $TO/root/usr/sbin/policy-rc.d $TO/root/etc/resolv.conf $TO/root/var/lib/apt/lists/*
 umount $TO/root/proc $TO/root
-find $TO/upper/etc/systemd/system -type l -delete`;
+[ ! -d $TO/upper/etc/systemd/system ] || find $TO/upper/etc/systemd/system -type l -delete`;
   const make = () =>
     part(layer, `${packages.join(", ")} for the machines`, async (to) => {
       for (const folder of ["upper", "work", "root"]) mkdirSync(`${to}/${folder}`, { recursive: true });
