@@ -170,7 +170,7 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
   if (error.code === status.UNAUTHENTICATED || error.code === status.PERMISSION_DENIED) {
     return new VmmeshError("IDENTITY_REFUSED", `istiod at ${where} does not accept this machine's identity`, {
       cause,
-      next: "Make a new token (`vmmesh bundle create`, or join with a kubeconfig): the old one may be expired, of another cluster, or of another service account than the machine says.",
+      next: "Make a new token (`vmmesh bundle create`, or join with a kubeconfig): the old one may be expired, of another service account than the machine says, or of another cluster than ISTIO_META_CLUSTER_ID in cluster.env.",
     });
   }
   if (
@@ -183,7 +183,15 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
       next: "The mesh has another root than the one that signed it: join again with a fresh token.",
     });
   }
-  if (/certificate|altnames|self.signed|issuer|unable to verify/i.test(why)) {
+  if (/altnames/i.test(why)) {
+    // Every istiod has the plain name in its certificate, one of a revision `istiod-REVISION` too, and none has another's
+    // (istio.io/istio, pilot/pkg/bootstrap, getDNSNames): this is what tells revisions apart.
+    return new VmmeshError("ISTIOD_UNTRUSTED", `the server at ${where} is not ${target.serverName}`, {
+      cause,
+      next: "Is it another revision of istiod, or a proxy before it? The name that is asked for is the host of discoveryAddress in mesh.yaml.",
+    });
+  }
+  if (/certificate|self.signed|issuer|unable to verify/i.test(why)) {
     return new VmmeshError(
       "ISTIOD_UNTRUSTED",
       `the server at ${where} does not prove to be ${target.serverName} of this mesh`,

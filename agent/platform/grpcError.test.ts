@@ -27,6 +27,14 @@ test.for([
     says: /cannot find WorkloadGroup default\/ghost/,
   },
   {
+    name: "an istiod of another revision is told apart by the names of its certificate",
+    code: status.UNAVAILABLE,
+    details:
+      "Hostname/IP does not match certificate's altnames: Host: istiod-canary.istio-system.svc. is not in the cert's altnames: DNS:istiod.istio-system.svc",
+    is: "ISTIOD_UNTRUSTED",
+    says: /10\.0\.0\.1:15012 is not istiod\.istio-system\.svc/,
+  },
+  {
     name: "nothing answers",
     code: status.UNAVAILABLE,
     details: "connect ECONNREFUSED 10.0.0.1:15012",

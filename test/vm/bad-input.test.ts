@@ -2,6 +2,7 @@ import { cpSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { cleanNamespace, defineWorkload, istioctlBundle, requireRoot } from "../lab/acceptance.ts";
 import { Lab, type Machine } from "../lab/lab.ts";
+import { ADDRESS } from "../lab/parts.ts";
 import { packageFile } from "./package.ts";
 
 /**
@@ -169,6 +170,32 @@ const CASES: readonly Case[] = [
     command: JOIN,
     code: "BUNDLE_MALFORMED",
     exit: 2,
+  },
+  {
+    name: "an istiod of another revision than the bundle's",
+    prepare: () =>
+      bundle((at) =>
+        edit(`${at}/mesh.yaml`, (text) =>
+          text.replace("istiod.istio-system.svc", "istiod-canary.istio-system.svc"),
+        ),
+      ),
+    command: `${JOIN} --istiod-address ${ADDRESS.controlPlane}`,
+    code: "ISTIOD_UNTRUSTED",
+    exit: 4,
+    says: "is not istiod-canary.istio-system.svc",
+  },
+  {
+    name: "a cluster id that istiod does not know",
+    prepare: () =>
+      bundle((at) =>
+        edit(`${at}/cluster.env`, (text) =>
+          text.replace("ISTIO_META_CLUSTER_ID='Kubernetes'", "ISTIO_META_CLUSTER_ID='elsewhere'"),
+        ),
+      ),
+    command: JOIN,
+    code: "IDENTITY_REFUSED",
+    exit: 4,
+    says: "ISTIO_META_CLUSTER_ID",
   },
   {
     name: "a token with a forged signature",
