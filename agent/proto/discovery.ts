@@ -1,6 +1,7 @@
 import {
   BinaryWriter,
   put,
+  putPresent,
   type RpcStatus,
   readMapEntry,
   readMessage,
@@ -75,18 +76,18 @@ export function readDeltaRequest(bytes: Uint8Array): DeltaRequest {
 
 export function writeDeltaRequest(request: DeltaRequest): Uint8Array {
   const writer = new BinaryWriter();
-  put(writer, 1, request.node);
+  if (request.node !== undefined) putPresent(writer, 1, request.node);
   put(writer, 2, request.typeUrl);
-  for (const name of request.subscribe) put(writer, 3, name);
-  for (const name of request.unsubscribe) put(writer, 4, name);
+  for (const name of request.subscribe) putPresent(writer, 3, name);
+  for (const name of request.unsubscribe) putPresent(writer, 4, name);
   for (const [name, version] of request.initialVersions) {
     const entry = new BinaryWriter();
     put(entry, 1, name);
     put(entry, 2, version);
-    put(writer, 5, entry.finish());
+    putPresent(writer, 5, entry.finish());
   }
   put(writer, 6, request.responseNonce);
-  if (request.error !== undefined) put(writer, 7, writeStatus(request.error));
+  if (request.error !== undefined) putPresent(writer, 7, writeStatus(request.error));
   return writer.finish();
 }
 
@@ -127,11 +128,11 @@ export function writeDeltaResponse(response: DeltaResponse): Uint8Array {
     put(resource, 1, version);
     put(resource, 2, any);
     put(resource, 3, name);
-    put(writer, 2, resource.finish());
+    putPresent(writer, 2, resource.finish());
   }
   put(writer, 4, response.typeUrl);
   put(writer, 5, response.nonce);
-  for (const name of response.removed) put(writer, 6, name);
+  for (const name of response.removed) putPresent(writer, 6, name);
   return writer.finish();
 }
 
@@ -179,7 +180,7 @@ export function writeSotwResponse(response: {
 }): Uint8Array {
   const writer = new BinaryWriter();
   put(writer, 1, response.version);
-  for (const any of response.resources) put(writer, 2, any);
+  for (const any of response.resources) putPresent(writer, 2, any);
   put(writer, 4, response.typeUrl);
   put(writer, 5, response.nonce);
   return writer.finish();

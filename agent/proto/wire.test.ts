@@ -79,6 +79,21 @@ describe("what is written is read back", () => {
   });
 });
 
+test("what is empty and says something by being there is written: a refusal without a reason, a resource without content", () => {
+  const refusal = {
+    typeUrl: "",
+    subscribe: [""],
+    unsubscribe: [],
+    initialVersions: new Map(),
+    responseNonce: "",
+  };
+  const error = { code: 0, message: "" };
+  expect(readDeltaRequest(writeDeltaRequest({ ...refusal, error }))).toEqual({ ...refusal, error });
+  const resources = [{ name: "", version: "", any: new Uint8Array() }];
+  const empty = { systemVersion: "", typeUrl: "", resources, removed: [""], nonce: "" };
+  expect(readDeltaResponse(writeDeltaResponse(empty))).toEqual(empty);
+});
+
 describe("Envoy's own .proto files agree", () => {
   test("on a delta request", () => {
     const theirs = decode(

@@ -21,7 +21,11 @@ export function readMessage(
 
 /** Writes a length-delimited field if there is something to write: proto3 leaves defaults out. */
 export function put(writer: BinaryWriter, field: number, value: string | Uint8Array | undefined): void {
-  if (value === undefined || value.length === 0) return;
+  if (value !== undefined && value.length > 0) putPresent(writer, field, value);
+}
+
+/** Writes it also if it is empty: an item of a repeated field, or a message whose presence says something (a refusal). */
+export function putPresent(writer: BinaryWriter, field: number, value: string | Uint8Array): void {
   writer.tag(field, WireType.LengthDelimited);
   if (typeof value === "string") writer.string(value);
   else writer.bytes(value);
