@@ -216,6 +216,15 @@ describe("renderBootstrap", () => {
     });
   });
 
+  test("an agent that was away is dialled again within two seconds, not within Envoy's own thirty", () => {
+    const wait = { base_interval: "0.2s", max_interval: "2s" };
+    expect(renderBootstrap(INPUT)).toMatchObject({
+      dynamic_resources: {
+        ads_config: { grpc_services: [{ envoy_grpc: { retry_policy: { retry_back_off: wait } } }] },
+      },
+    });
+  });
+
   test("without a lease there is no health check on the redirect's port", () => {
     expect(JSON.stringify(renderBootstrap({ ...INPUT, lease: false }))).not.toContain("127.77.0.1");
   });

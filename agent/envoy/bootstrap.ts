@@ -52,6 +52,8 @@ export const LEASE = {
   everyMs: 500,
 } as const;
 
+/** The agent is at a socket of this machine: Envoy's own waits, 0.5 to 30 s, would outlast an agent's restart. */
+const REDIAL = { retry_back_off: { base_interval: "0.2s", max_interval: "2s" } };
 const MAX_SOCKET_PATH_BYTES = 107;
 const NO_LIMIT = 2 ** 31 - 1;
 const EXTENSIONS = "type.googleapis.com/envoy.extensions";
@@ -97,7 +99,13 @@ export function renderBootstrap(input: BootstrapInput): { readonly [key: string]
         transport_api_version: "V3",
         set_node_on_first_message_only: true,
         grpc_services: [
-          { envoy_grpc: { cluster_name: AGENT_GRPC.cluster, authority: AGENT_GRPC.authority } },
+          {
+            envoy_grpc: {
+              cluster_name: AGENT_GRPC.cluster,
+              authority: AGENT_GRPC.authority,
+              retry_policy: REDIAL,
+            },
+          },
         ],
       },
     },

@@ -7,6 +7,8 @@ const agent = new http.Agent({ keepAlive: true, maxSockets: 64 });
 const losses = [];
 /** When the answers with 200 came, thinned to one in 50 ms: enough to say when a service was back. */
 const answered = [];
+/** Of each request, when it was sent and when it was over, one after the other. */
+const spans = [];
 let [sent, done, ended] = [0, 0, false];
 
 function send() {
@@ -18,6 +20,7 @@ function send() {
     told = true;
     done += 1;
     const now = Date.now();
+    spans.push(at, now);
     if (reason !== undefined) losses.push({ at, reason });
     else if (now - (answered.at(-1) ?? 0) >= 50) answered.push(now);
   };
@@ -50,5 +53,5 @@ const timer = setInterval(() => {
   while (sent < due) send();
   if (!ended || done < sent) return;
   clearInterval(timer);
-  process.stdout.write(`${JSON.stringify({ sent, losses, answered })}\n`, () => process.exit(0));
+  process.stdout.write(`${JSON.stringify({ sent, losses, answered, spans })}\n`, () => process.exit(0));
 }, 5);

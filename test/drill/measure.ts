@@ -26,7 +26,7 @@ export async function underLoad(
     rate = 200,
     allowance = () => NOTHING,
     wellWithinMs = 60_000,
-  }: { rate?: number; allowance?: (target: Target) => Allowance; wellWithinMs?: number } = {},
+  }: { rate?: number; allowance?: (target: Target, seen: Seen) => Allowance; wellWithinMs?: number } = {},
 ): Promise<Row[]> {
   const loads = targets.map((target) => ({ target, load: stage.load(target, rate) }));
   try {
@@ -44,7 +44,7 @@ export async function underLoad(
         const seen = await load.stop();
         if (seen.firstLoss !== undefined && seen.firstLoss < begun - 100)
           throw new Error(`${target.url} lost requests before ${fault}: ${words(seen)}`);
-        const { allowed, because } = allowance(target);
+        const { allowed, because } = allowance(target, seen);
         return {
           fault,
           side: target.side,

@@ -27,7 +27,12 @@ export interface Seen {
   readonly lastLoss: number | undefined;
   /** When the first answer with 200 came after `at` (ms since the epoch; exact to 50 ms). */
   answeredAfter(at: number): number | undefined;
+  /** How many requests were sent before the end of one of these times, and not over at its beginning. */
+  underWayDuring(times: readonly Span[]): number;
 }
+
+/** From and until, in ms since the epoch. */
+export type Span = readonly [from: number, until: number];
 
 export interface Load {
   /** Ends it, once; the same answer to whoever asks again. */
@@ -145,10 +150,11 @@ async function stopLoad(child: ChildProcessWithoutNullStreams): Promise<Seen> {
   child.stdin.end();
   const code = await closed;
   if (code !== 0) throw new Error(`the client ended with ${code}: ${Buffer.concat(err).toString()}`);
-  const { sent, losses, answered } = JSON.parse(Buffer.concat(out).toString()) as {
+  const { sent, losses, answered, spans } = JSON.parse(Buffer.concat(out).toString()) as {
     sent: number;
     losses: { at: number; reason: string }[];
     answered: number[];
+    spans: number[];
   };
   const reasons: Record<string, number> = {};
   for (const { reason } of losses) reasons[reason] = (reasons[reason] ?? 0) + 1;
@@ -160,5 +166,10 @@ async function stopLoad(child: ChildProcessWithoutNullStreams): Promise<Seen> {
     firstLoss: times.length === 0 ? undefined : Math.min(...times),
     lastLoss: times.length === 0 ? undefined : Math.max(...times),
     answeredAfter: (at) => answered.find((time) => time >= at),
+    underWayDuring: (times) =>
+      spans.filter((at, index) => {
+        const over = spans[index + 1] ?? 0;
+        return index % 2 === 0 && times.some(([from, until]) => at < until && over > from);
+      }).length,
   };
 }

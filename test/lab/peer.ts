@@ -8,11 +8,13 @@ import { waitFor } from "./sh.ts";
 /**
  * The peer's agent as its own service. It reads the bundle's `cluster.env`; paths are relative to "/" as in its start
  * script. Unless told which iptables to use, istio-iptables looks at both, by which the kernel gets legacy tables; its next
- * call then finds them and cleans or fills those, whatever the first has put into nft. Its standard output must be a file that its user may open, because Envoy opens /dev/stdout for the access log.
+ * call then finds them and cleans or fills those, whatever the first has put into nft. Its standard output must be a file that its user may open, because Envoy opens /dev/stdout for the access log. Restart,
+ * its wait of 10 s and how it is stopped are those of Istio's own unit (tools/packaging/common/istio.service).
  */
 const UNIT = `[Unit]
 Description=The peer: pilot-agent with a stock Envoy
 After=network.target
+StartLimitIntervalSec=0
 [Service]
 EnvironmentFile=/var/lib/istio/envoy/cluster.env
 Environment=POD_NAME=%H INSTANCE_IP=@IP@ PROV_CERT=/etc/certs OUTPUT_CERTS=/etc/certs ENVOY_USER=istio-proxy
@@ -27,6 +29,8 @@ StandardOutput=append:/var/log/istio/istio.log
 StandardError=append:/var/log/istio/istio.log
 KillMode=mixed
 TimeoutStopSec=30s
+Restart=always
+RestartSec=10
 [Install]
 WantedBy=multi-user.target
 `;
