@@ -483,9 +483,9 @@ export const COMMANDS: readonly CommandSpec[] = [
       {
         name: "protocol",
         type: "string",
-        choices: ["tcp", "udp"],
+        choices: ["tcp", "udp", "icmp"],
         default: "tcp",
-        describe: "of the connection",
+        describe: "of the connection; icmp: an echo request, with --to ADDRESS",
       },
       {
         name: "live",

@@ -1,6 +1,7 @@
 import { VmmeshError } from "../core/errors.ts";
 import { ipFamily, parseHostPort } from "../core/net.ts";
 import { type LiveReport, traceLive } from "../iptables/trace/live.ts";
+import type { Protocol } from "../iptables/trace/packet.ts";
 import { resolveSender } from "../iptables/trace/sender.ts";
 import { type Question, type TraceReport, traceStatic } from "../iptables/trace/trace.ts";
 import type { Options } from "./commands.ts";
@@ -10,7 +11,8 @@ import { flag, openContext, print, requireRoot, text, wantsJson } from "./contex
 export async function trace(options: Options): Promise<number> {
   requireRoot("vmmesh iptables trace reads every program's rules; with --live it");
   const { host } = openContext(options);
-  const to = target(text(options, "to") ?? "");
+  const protocol = text(options, "protocol") as Protocol;
+  const to = target(text(options, "to") ?? "", protocol);
   const [as, from] = [text(options, "as"), text(options, "from")];
   const live = flag(options, "live");
   if ((as === undefined) === (from === undefined)) {
@@ -35,7 +37,7 @@ export async function trace(options: Options): Promise<number> {
   }
   const question: Question = {
     to,
-    protocol: text(options, "protocol") === "udp" ? "udp" : "tcp",
+    protocol,
     by: from === undefined ? { sender: await resolveSender(host, as ?? ""), label: as ?? "" } : { from },
   };
   const report = await traceStatic(host, question);
@@ -53,7 +55,13 @@ export async function trace(options: Options): Promise<number> {
   return typeof proven === "object" && !proven.agrees ? 1 : 0;
 }
 
-function target(value: string): { address: string; port: number } {
+function target(value: string, protocol: Protocol): Question["to"] {
+  if (protocol === "icmp") {
+    if (ipFamily(value) !== undefined) return { address: value, port: 0 };
+    throw new VmmeshError("USAGE", `--to: \`${value}\` is not an address; ICMP has no ports`, {
+      next: "Give an IP address alone, e.g. 10.96.0.10 or fd00::10.",
+    });
+  }
   const parsed = parseHostPort(value);
   if (parsed !== undefined && ipFamily(parsed.host) !== undefined)
     return { address: parsed.host, port: parsed.port };

@@ -61,16 +61,30 @@ export const CAST: Readonly<
 export const PORTS: Choices = ["80", "443", "8080", "53", "5432", "9000", "15001", "30080"];
 export const UIDS: Choices = ["0", "1000", "1337", "20001"];
 
+/** Who listens on the machine while packets are sent: a transparent proxy and servers of the ordinary kind. */
+export const LISTENING = { proxy: 15006, everywhere: 15001, one: 8080 } as const;
+
 export interface Generated {
-  /** For ip[6]tables-restore of the backend. */
-  readonly iptables: string;
+  /** For iptables-restore and ip6tables-restore of the backend. */
+  readonly iptables: Readonly<Record<Family, string>>;
   readonly backend: "nft" | "legacy";
+  /** For `ipset restore`. */
+  readonly ipsets: string;
   readonly nft: string;
-  /** Has rules that no simulator can foresee. */
-  readonly chancy: boolean;
 }
 
-const HOOKS: Readonly<Record<string, Choices>> = {
+/** What the generator knows of its surroundings, and what a firewall's rules may do. */
+interface Setting {
+  /** Of some senders, relative to the root of cgroup2. */
+  readonly cgroup: string;
+  /** Some rules are up to chance. */
+  readonly chancy: boolean;
+  /** Some chains share a priority with others of theirs: nat chains of other tables, filter chains of their own. */
+  readonly crowded: boolean;
+}
+
+/** Chains that the kernel calls, by table of iptables. */
+export const HOOKS: Readonly<Record<string, Choices>> = {
   raw: ["PREROUTING", "OUTPUT"],
   mangle: ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"],
   nat: ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"],
@@ -83,13 +97,45 @@ const ipOf = (family: Family, address: string, port: string): string =>
   family === 4 ? `${address}:${port}` : `[${address}]:${port}`;
 
 /** A whole firewall as several programs would leave it: one iptables backend and tables of nft beside it. */
-export function generate(dice: Dice, family: Family): Generated {
+export function generate(dice: Dice, cgroup: string): Generated {
   const backend = dice.chance(0.3) ? "legacy" : "nft";
-  const chancy = dice.chance(0.03);
-  return { ...iptables(dice, family, chancy), backend, nft: nftTables(dice, family), chancy };
+  const setting: Setting = { cgroup, chancy: dice.chance(0.08), crowded: dice.chance(0.15) };
+  return {
+    iptables: { 4: iptables(dice, 4, setting), 6: iptables(dice, 6, setting) },
+    backend,
+    ipsets: `${ipsets(4)}${ipsets(6)}`,
+    nft: nftTables(dice, setting),
+  };
 }
 
-function iptables(dice: Dice, family: Family, chancy: boolean): Pick<Generated, "iptables"> {
+/** One of each kind that programs use. */
+function ipsets(family: Family): string {
+  const { nets, pods, to } = CAST[family];
+  const inet = `family inet${family === 6 ? "6" : ""}`;
+  return [
+    `create hosts${family} hash:ip ${inet}`,
+    ...pods.map((pod) => `add hosts${family} ${pod}`),
+    `create nets${family} hash:net ${inet}`,
+    `add nets${family} ${nets[0]}`,
+    // The more specific one decides.
+    `add nets${family} ${to[0]} nomatch`,
+    `add nets${family} ${nets[2]}`,
+    `create pairs${family} hash:ip,port ${inet}`,
+    `add pairs${family} ${to[0]},tcp:80`,
+    `add pairs${family} ${to[1]},udp:53`,
+    `create netports${family} hash:net,port ${inet}`,
+    `add netports${family} ${nets[0]},tcp:443`,
+    `create ports${family} bitmap:port range 0-65535`,
+    `add ports${family} 80`,
+    `add ports${family} 5000-6000`,
+    `create list${family} list:set`,
+    `add list${family} hosts${family}`,
+    `add list${family} nets${family}`,
+    "",
+  ].join("\n");
+}
+
+function iptables(dice: Dice, family: Family, setting: Setting): string {
   const parts: string[] = [];
   for (const [table, hooks] of Object.entries(HOOKS)) {
     if (dice.chance(table === "nat" ? 0.05 : 0.3)) continue;
@@ -102,27 +148,42 @@ function iptables(dice: Dice, family: Family, chancy: boolean): Pick<Generated, 
       chains.push(...own);
       if (table !== "nat") {
         rules.push(`-A ${hook} -p tcp -m tcp --tcp-flags RST RST -j ACCEPT`);
-        rules.push(`-A ${hook} -p ${family === 4 ? "icmp" : "ipv6-icmp"} -j ACCEPT`);
+        rules.push(
+          ...(family === 4
+            ? ["-p icmp -m icmp --icmp-type 3"]
+            : SIX_NEEDS.map((type) => `-p ipv6-icmp -m icmp6 --icmpv6-type ${type}`)
+          ).map((match) => `-A ${hook} ${match} -j ACCEPT`),
+        );
       }
       for (const [index, chain] of [hook, ...own].entries()) {
         // A chain jumps only to later ones: no loops.
         const targets = own.slice(index);
         for (let count = dice.below(table === "raw" ? 3 : 6); count > 0; count--)
-          rules.push(`-A ${chain} ${xtRule(dice, family, table, hook, targets)}`);
+          rules.push(`-A ${chain} ${xtRule(dice, family, table, hook, targets, setting)}`);
       }
     }
     if (table === "nat") {
-      const { chains: more, rules: kube } = kubeProxy(dice, family, chancy);
+      const { chains: more, rules: kube } = kubeProxy(dice, family, setting.chancy);
       chains.push(...more);
       // Ahead of the others or behind them, as the programs were started.
       if (dice.chance(0.5)) rules.unshift(...kube);
       else rules.push(...kube);
     }
-    if (chancy && table === "filter") rules.push("-A OUTPUT -m limit --limit 1/second -j DROP");
-    parts.push(`*${table}`, ...chains.map((chain) => `:${chain} - [0:0]`), ...rules, "COMMIT");
+    if (setting.chancy && table === "filter") rules.push("-A OUTPUT -m limit --limit 1/second -j DROP");
+    const closed = table === "nat" ? [] : hooks.filter(() => dice.chance(0.025));
+    parts.push(
+      `*${table}`,
+      ...closed.map((hook) => `:${hook} DROP [0:0]`),
+      ...chains.map((chain) => `:${chain} - [0:0]`),
+      ...rules,
+      "COMMIT",
+    );
   }
-  return { iptables: `${parts.join("\n")}\n` };
+  return `${parts.join("\n")}\n`;
 }
+
+/** Unreachable, and who has which address: without them nothing is sent at all. */
+const SIX_NEEDS = [1, 135, 136] as const;
 
 /** What kube-proxy writes, and Docker. */
 function kubeProxy(dice: Dice, family: Family, chancy: boolean): { chains: string[]; rules: string[] } {
@@ -162,7 +223,14 @@ function kubeProxy(dice: Dice, family: Family, chancy: boolean): { chains: strin
   return { chains, rules };
 }
 
-function xtRule(dice: Dice, family: Family, table: string, hook: string, targets: readonly string[]): string {
+function xtRule(
+  dice: Dice,
+  family: Family,
+  table: string,
+  hook: string,
+  targets: readonly string[],
+  { cgroup, chancy }: Setting,
+): string {
   const cast = CAST[family];
   const bang = (): string => (dice.chance(0.2) ? "! " : "");
   const tcp = dice.chance(0.7);
@@ -177,6 +245,7 @@ function xtRule(dice: Dice, family: Family, table: string, hook: string, targets
     () => `-p udp -m udp --dport ${dice.of(PORTS)}`,
     () => "-p udp",
     () => "! -p udp",
+    () => (family === 4 ? "-p icmp -m icmp --icmp-type 8" : "-p ipv6-icmp -m icmp6 --icmpv6-type 128"),
   ];
   const states: Choices = [
     "NEW",
@@ -198,6 +267,17 @@ function xtRule(dice: Dice, family: Family, table: string, hook: string, targets
           () => `-m owner ${bang()}--socket-exists`,
         ]
       : []),
+    ...(isOut(hook)
+      ? [() => `-m cgroup ${bang()}--path ${cgroup}`, () => `-m cgroup ${bang()}--path ${cgroup}/deeper`]
+      : []),
+    ...(hook === "PREROUTING" || hook === "INPUT"
+      ? [() => `-m socket${dice.of(["", " --nowildcard", " --transparent --nowildcard", " --transparent"])}`]
+      : []),
+    () =>
+      `-m set ${bang()}--match-set ${dice.of(["hosts", "nets", "list"])}${family} ${dice.of(["src", "dst"])}`,
+    () => `-m set ${bang()}--match-set ${dice.of(["pairs", "netports"])}${family} dst,dst`,
+    () => `-m set --match-set ports${family} dst`,
+    ...(chancy ? [() => "-m statistic --mode random --probability 0.3"] : []),
     ...(hasOut(hook) ? [() => `${bang()}-o ${dice.of(["lo", "eth0", "eth+", "docker0"])}`] : []),
     ...(hasIn(hook) ? [() => `${bang()}-i ${dice.of(["lo", "eth0", "eth+", "docker0"])}`] : []),
     () => `-m mark ${bang()}--mark ${dice.of(["0x1/0x1", "0x10/0x10", "0x0"])}`,
@@ -224,7 +304,7 @@ function xtRule(dice: Dice, family: Family, table: string, hook: string, targets
   }
   const target = xtTarget(dice, family, table, hook, targets);
   const needsTcp = /tcp-reset/.test(target);
-  const needsPort = /^-j (REDIRECT|DNAT|SNAT)/.test(target);
+  const needsPort = /^-j (REDIRECT|DNAT|SNAT|TPROXY)/.test(target);
   const usable = transport.filter((_, index) => (needsTcp ? index < 6 : needsPort ? index < 7 : true));
   if (needsTcp || needsPort || tcp) words.unshift(usable[dice.below(usable.length)]?.() ?? "");
   return [...words, target].join(" ").trim();
@@ -262,6 +342,16 @@ function xtTarget(
       `-j REJECT --reject-with ${family === 4 ? "icmp-port-unreachable" : "icmp6-port-unreachable"}`,
     ],
   };
+  if (table === "mangle" && hook === "PREROUTING" && dice.chance(0.5)) {
+    const port = dice.of([`${LISTENING.proxy}`, `${LISTENING.proxy}`, `${LISTENING.everywhere}`, "15999"]);
+    const mark = dice.of([
+      " --tproxy-mark 0x10/0x10",
+      " --tproxy-mark 0x10/0x10",
+      " --tproxy-mark 0x20/0xff",
+      "",
+    ]);
+    return `-j TPROXY --on-port ${port}${dice.of(["", ` --on-ip ${family === 4 ? "127.0.0.1" : "::1"}`])}${mark}`;
+  }
   if (table !== "nat") return dice.of(choices[table] ?? ["-j RETURN"]);
   if (hook === "INPUT") return dice.of(["-j ACCEPT", "-j RETURN"]);
   if (hook === "POSTROUTING")
@@ -289,38 +379,70 @@ const NFT_BASES: readonly (readonly [hook: string, type: string, priorities: Cho
   ["postrouting", "nat", ["90", "110"]],
 ];
 
-function nftTables(dice: Dice, family: Family): string {
+/** Of nat, which other programs have too. */
+const CROWDED: Readonly<Record<string, string>> = {
+  "output nat": "-100",
+  "prerouting nat": "-100",
+  "postrouting nat": "100",
+};
+
+function nftTables(dice: Dice, setting: Setting): string {
   const texts: string[] = [];
   const taken = new Set<string>();
-  for (let count = dice.below(4), index = 0; index < count; index++) {
-    const kind = dice.chance(0.5) ? "inet" : family === 4 ? "ip" : "ip6";
+  for (let count = dice.below(3) + 1, index = 0; index < count; index++) {
+    const kind = dice.of(["inet", "inet", "ip", "ip6"]);
+    const familyOf = (): Family =>
+      kind === "ip" ? 4 : kind === "ip6" ? 6 : dice.of(["4", "6"]) === "4" ? 4 : 6;
     const name = `${dice.of(["firewalld", "kube-proxy", "docker-bridges", "site"])}${index}`;
-    const lines: string[] = [
-      `set ports { type inet_service; flags interval; elements = { 80, 5000-6000 } }`,
-      `set nets { type ipv${family}_addr; flags interval; elements = { ${CAST[family].nets[0]}, ${CAST[family].pods[0]} } }`,
-      `set pairs { type ipv${family}_addr . inet_service; elements = { ${CAST[family].to[0]} . 80, ${CAST[family].to[1]} . 443 } }`,
+    const sets = [
+      "set ports { type inet_service; flags interval; elements = { 80, 5000-6000 } }",
+      "map fates { type inet_service : verdict; flags interval; elements = { 53 : drop, 8000-8999 : return, 443 : accept } }",
+      ...([4, 6] as const).flatMap((family) => {
+        const { nets, pods, to } = CAST[family];
+        const type = `type ipv${family}_addr`;
+        return [
+          `set nets${family} { ${type}; flags interval; elements = { ${nets[0]}, ${pods[0]} } }`,
+          `set pairs${family} { ${type} . inet_service; elements = { ${to[0]} . 80, ${to[1]} . 443 } }`,
+          `set areas${family} { ${type} . inet_service; flags interval; elements = { ${nets[0]} . 1-443, ${nets[2]} . 8080, ${nets[4]} . 0-65535 } }`,
+          `map ways${family} { ${type} . inet_service : verdict; flags interval; elements = { ${nets[0]} . 80 : accept, ${nets[5]} . 1-1023 : drop, ${nets[4]} . 9000 : return } }`,
+        ];
+      }),
     ];
-    const [sets, chains]: [string[], string[]] = [lines, []];
+    const chains: string[] = [];
     for (const [hook, type, priorities] of NFT_BASES) {
-      const priority = dice.of(priorities);
-      if (!dice.chance(0.35) || taken.has(`${hook} ${priority}`)) continue;
+      const ordinary = dice.of(priorities);
+      const priority = (setting.crowded && CROWDED[`${hook} ${type}`]) || ordinary;
+      if (!dice.chance(0.35) || (priority === ordinary && taken.has(`${hook} ${priority}`))) continue;
       taken.add(`${hook} ${priority}`);
       const helper = `${hook}_${type}_more`;
       const early = Number(priority) < -200;
-      const safe = type === "nat" ? [] : ["tcp flags rst accept", "meta l4proto { icmp, ipv6-icmp } accept"];
+      const safe =
+        type === "nat"
+          ? []
+          : [
+              "tcp flags rst accept",
+              ...(kind === "ip6" ? [] : ["icmp type destination-unreachable accept"]),
+              ...(kind === "ip"
+                ? []
+                : [
+                    "icmpv6 type { destination-unreachable, nd-neighbor-solicit, nd-neighbor-advert } accept",
+                  ]),
+            ];
       const rules = (jumps: boolean): string[] =>
         Array.from({ length: 1 + dice.below(4) }, () =>
-          nftRule(dice, family, hook, type, early, jumps ? helper : undefined),
+          nftRule(dice, familyOf(), hook, type, early, jumps ? helper : undefined, setting),
         );
       chains.push(`chain ${helper} {\n${rules(false).join("\n")}\n}`);
       const policy = type === "filter" && dice.chance(0.05) ? "drop" : "accept";
-      chains.push(
-        `chain ${hook}_${type} {\ntype ${type} hook ${hook} priority ${priority}; policy ${policy};\n${[...safe, ...rules(true)].join("\n")}\n}`,
-      );
+      const again = setting.crowded && type === "filter" ? ["", "_again"] : [""];
+      for (const suffix of again)
+        chains.push(
+          `chain ${hook}_${type}${suffix} {\ntype ${type} hook ${hook} priority ${priority}; policy ${policy};\n${[...safe, ...rules(true)].join("\n")}\n}`,
+        );
     }
     const text = `table ${kind} ${name} {\n${[...sets, ...chains].join("\n")}\n}\n`;
     // Only a table of both families may ask which one it is.
-    texts.push(kind === "inet" ? text : text.replaceAll(`meta nfproto ipv${family} `, ""));
+    texts.push(kind === "inet" ? text : text.replaceAll(/meta nfproto ipv[46] /g, ""));
   }
   return texts.join("");
 }
@@ -332,12 +454,15 @@ function nftRule(
   type: string,
   early: boolean,
   helper: string | undefined,
+  { cgroup, chancy }: Setting,
 ): string {
   const cast = CAST[family];
   const ip = family === 4 ? "ip" : "ip6";
   const not = (): string => (dice.chance(0.2) ? "!= " : "");
   const transport = [
-    () => `${ip} daddr . tcp dport @pairs`,
+    () => `${ip} daddr . tcp dport @pairs${family}`,
+    () => `${ip} daddr . tcp dport ${not()}@areas${family}`,
+    () => `${ip} daddr . tcp dport { ${cast.nets[0]} . 80-90, ${cast.nets[2]} . 443, ${cast.to[0]} . 5432 }`,
     () => "tcp dport @ports",
     () => `tcp dport ${not()}${dice.of(PORTS)}`,
     () => `tcp dport ${not()}{ ${[...new Set([dice.of(PORTS), dice.of(PORTS), "7000-7999"])].join(", ")} }`,
@@ -346,12 +471,20 @@ function nftRule(
     () => `udp dport ${dice.of(PORTS)}`,
     () => "meta l4proto udp",
     () => "meta l4proto { tcp, udp } th dport >= 1000",
+    () => (family === 4 ? "icmp type echo-request" : "icmpv6 type echo-request"),
   ];
   const matches = [
     () => `${ip} daddr ${not()}${dice.of(cast.nets)}`,
     () => `${ip} daddr ${not()}{ ${cast.to[0]}, ${cast.nets[2]} }`,
     () => `${ip} saddr ${not()}${dice.of(cast.nets)}`,
-    () => `${ip} daddr @nets`,
+    () => `${ip} daddr ${not()}@nets${family}`,
+    ...(chancy ? [() => "numgen random mod 3 == 0"] : []),
+    ...(hook === "output"
+      ? [() => `socket cgroupv2 level ${cgroup.split("/").length} ${not()}"${cgroup}"`]
+      : []),
+    ...(hook === "prerouting" || hook === "input"
+      ? [() => `socket transparent ${dice.of(["0", "1"])}`, () => `socket wildcard ${dice.of(["0", "1"])}`]
+      : []),
     () => `meta mark & 0x1 ${dice.of(["==", "!="])} 0x1`,
     () => `meta nfproto ipv${family}`,
     ...(hasOut(hook)
@@ -383,7 +516,11 @@ function nftRule(
     const words: string[] = [];
     for (let count = 1 + dice.below(2); count > 0; count--)
       words.push(matches[dice.below(matches.length)]?.() ?? "");
-    const usable = target.includes("tcp") ? transport.slice(0, 6) : transport;
+    const usable = target.includes("tcp")
+      ? transport.slice(0, 8)
+      : target.includes("udp")
+        ? transport.slice(8, 10)
+        : transport;
     if (dice.chance(0.5)) words.push(usable[dice.below(usable.length)]?.() ?? "");
     return [...words, target].join(" ");
   };
@@ -411,6 +548,15 @@ function nftRule(
     dice.of([
       ...common,
       "drop",
+      "tcp dport vmap @fates",
+      `${ip} daddr . tcp dport vmap @ways${family}`,
+      ...(hook === "prerouting" && !early
+        ? [
+            `meta l4proto tcp tproxy ${ip} to ${dice.of([`:${LISTENING.proxy}`, `:${LISTENING.everywhere}`, ":15999"])} meta mark set 0x10${dice.of(["", " accept"])}`,
+            `meta l4proto udp tproxy ${ip} to ${family === 4 ? "127.0.0.1" : "[::1]"}:${LISTENING.proxy} meta mark set 0x10 accept`,
+          ]
+        : []),
+      ...(early ? ["ct zone set 3"] : []),
       `tcp dport vmap { 80 : accept, ${helper === undefined ? "443 : drop" : `443 : jump ${helper}`}, 5000-6000 : return }`,
       ...(marks ? ["meta mark set meta mark | 0x1", "meta mark set 0x10"] : ["meta mark set 0x1"]),
       ...(early ? ["notrack"] : ["ct mark set meta mark", "meta mark set ct mark"]),

@@ -62,6 +62,7 @@ export async function traceLive(
     return "nft is not installed, so the kernel cannot be asked to trace";
   const { sender } = question.by;
   const { to, protocol } = question;
+  if (protocol === "icmp") return "--live makes connections of TCP and UDP only";
   const result = await host.run({
     argv: [
       "sh",

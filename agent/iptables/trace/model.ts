@@ -1,5 +1,6 @@
 import type { Family } from "../rules.ts";
-import { isUnknown, type Packet, type Span, type Tri, type Value } from "./packet.ts";
+import type { IpSets } from "./ipset.ts";
+import { isUnknown, type Packet, type Protocol, type Span, type Tri, type Value } from "./packet.ts";
 
 /** Netfilter's places, in the order in which a packet can meet them. */
 export type HookName = "ingress" | "prerouting" | "input" | "forward" | "output" | "postrouting" | "egress";
@@ -70,6 +71,15 @@ export interface RouteQuestion {
   readonly in?: string;
 }
 
+export interface Socket {
+  /** Of its process; empty if that cannot be seen. */
+  readonly name: string;
+  /** Bound to every address. */
+  readonly wildcard: boolean;
+  /** IP_TRANSPARENT; undefined: this machine's ss cannot say. */
+  readonly transparent: boolean | undefined;
+}
+
 /** All that a walk may know of the machine beside its rules. `undefined` where nobody can say (yet). */
 export interface World {
   route(question: RouteQuestion): Route | undefined;
@@ -77,12 +87,11 @@ export interface World {
   addressOf(device: string, family: Family): bigint | undefined;
   /** First address that others may see, of this interface or else of any. (inet_select_addr) */
   visibleAddress(device: string, family: Family): bigint | undefined;
-  /** Name of who listens there, empty if it cannot be seen; undefined: nobody does. */
-  listener(protocol: "tcp" | "udp", family: Family, address: bigint, port: bigint): string | undefined;
-  /** Has something listening bound exactly this address? */
-  bound(protocol: "tcp" | "udp", family: Family, address: bigint, port: bigint): boolean;
+  /** Who listens there; undefined: nobody does. */
+  socket(protocol: Protocol, family: Family, address: bigint, port: bigint): Socket | undefined;
   /** Seconds since an address was last put on a list of the `recent` match; undefined: not known. */
   recent(list: string, address: bigint): number | "never" | undefined;
+  readonly ipSets: IpSets;
 }
 
 export function test(judge: Test): Step {
@@ -146,14 +155,38 @@ export function redirect(port: Span | undefined): Step {
   });
 }
 
-/** TPROXY keeps the addresses; without a listener the packet is dropped. (nft_tproxy.c, xt_TPROXY.c) */
-export function tproxy(address: bigint | undefined, port: Span, mark: (old: bigint) => bigint): Step {
+/**
+ * TPROXY keeps the addresses and gives the packet to a listener that is allowed to take any. (xt_TPROXY.c, nft_tproxy.c)
+ *
+ * @param address undefined: the first one of the interface @param port 0: the packet's own
+ */
+export function tproxy(
+  address: bigint | undefined,
+  port: Span,
+  without: Turn["does"],
+  taken: (packet: Packet) => Turn,
+): Step {
   return (packet, world) => {
-    const at = address ?? world.addressOf(packet.in ?? "lo", packet.family) ?? 0n;
-    if (world.listener(packet.protocol, packet.family, at, port.low) === undefined)
-      return [{ packet, does: { do: "drop" } }];
-    return [{ packet: { ...packet, proxied: port, mark: mark(packet.mark) }, does: { do: "accept" } }];
+    const { protocol, family } = packet;
+    const at = address ?? world.addressOf(packet.in ?? "lo", family) ?? packet.to.address;
+    const proxied = port.low === 0n ? packet.to.port : port;
+    const socket = world.socket(protocol, family, at, proxied.low);
+    const missed: Turn = { packet, does: without };
+    if (socket === undefined || socket.transparent === false) return [missed];
+    const took = taken({ ...packet, proxied: { address: at, port: proxied } });
+    if (socket.transparent === true) return [took];
+    const because = `whether ${socket.name || "the listener"} on port ${proxied.low} is transparent`;
+    return [
+      { ...took, because },
+      { ...missed, because },
+    ];
   };
+}
+
+/** The listener that the packet would get, or was given by TPROXY. (nf_socket_ipv4.c) */
+export function socketOf({ protocol, family, to, proxied }: Packet, world: World): Socket | undefined {
+  const { address, port } = proxied ?? to;
+  return world.socket(protocol, family, address, port.low);
 }
 
 /** Masquerading: the address that the outgoing interface would give. */

@@ -8,6 +8,7 @@ import {
   opaque,
   redirect,
   type Step,
+  socketOf,
   type Test,
   type Turn,
   test,
@@ -28,6 +29,7 @@ import {
   type Packet,
   PROTOCOL_NUMBER,
   prefixSpan,
+  protocolNumber,
   type Span,
   span,
   type Tri,
@@ -103,14 +105,21 @@ function payload({ protocol, field }: Bag): Read {
     return (packet) => {
       if (packet.family !== family) return undefined;
       if (side !== undefined) return span(packet[side].address);
-      if (name === "protocol" || name === "nexthdr") return span(PROTOCOL_NUMBER[packet.protocol] ?? 0);
+      if (name === "protocol" || name === "nexthdr") return span(protocolNumber(packet));
       return name === "version" ? span(family) : { unknown: `what \`${of} ${name}\` is` };
+    };
+  }
+  if (of === "icmp" || of === "icmpv6") {
+    return (packet) => {
+      if (packet.protocol !== "icmp" || packet.family !== (of === "icmp" ? 4 : 6)) return undefined;
+      return name === "type" ? "echo-request" : { unknown: `what \`${of} ${name}\` is` };
     };
   }
   if (!["tcp", "udp", "th"].includes(of)) return () => undefined;
   const port = PORT_SIDES[name];
   return (packet) => {
     if (of !== "th" && packet.protocol !== of) return undefined;
+    if (packet.protocol === "icmp") return { unknown: "what stands where other protocols have their ports" };
     if (port !== undefined) return packet[port].port;
     return of === "tcp" && name === "flags" ? span(2) : { unknown: `what \`${of} ${name}\` is` };
   };
@@ -118,7 +127,7 @@ function payload({ protocol, field }: Bag): Read {
 
 const META: Readonly<Record<string, Read>> = {
   mark: ({ mark }) => span(mark),
-  l4proto: ({ protocol }) => span(PROTOCOL_NUMBER[protocol] ?? 0),
+  l4proto: (packet) => span(protocolNumber(packet)),
   nfproto: ({ family }) => `ipv${family}`,
   protocol: ({ family }) => (family === 4 ? "ip" : "ip6"),
   iifname: (packet) => packet.in,
@@ -150,6 +159,24 @@ function conntrack({ key, dir }: Bag): Read {
     if (side !== undefined) return span(packet.original[side].address);
     if (port !== undefined) return packet.original[port].port;
     return { unknown: `what \`ct ${name}\` is` };
+  };
+}
+
+/** Of the packet's own socket, or of the listener that will get it; without any the rule ends. (nft_socket.c) */
+function socket(key: string): Read {
+  return (packet, world) => {
+    const { sender } = packet;
+    if (sender !== undefined) {
+      if (key !== "cgroupv2") return { unknown: `what \`socket ${key}\` of the sender is` };
+      return sender.cgroup === undefined
+        ? { unknown: "the cgroup of the sender is not known" }
+        : `${CGROUP}${sender.cgroup}`;
+    }
+    const found = socketOf(packet, world);
+    if (found === undefined) return undefined;
+    if (key === "wildcard") return span(Number(found.wildcard));
+    if (key === "transparent" && found.transparent !== undefined) return span(Number(found.transparent));
+    return { unknown: `what \`socket ${key}\` of the listener is` };
   };
 }
 
@@ -213,10 +240,7 @@ function read(json: Json, sets: Sets, text = false): Read {
     case "fib":
       return fib(bag(body));
     case "socket":
-      return ({ sender }) =>
-        bag(body)["key"] === "cgroupv2" && sender?.cgroup !== undefined
-          ? `cgroup:${sender.cgroup}`
-          : { unknown: "what the socket of the packet is" };
+      return socket(String(bag(body)["key"]));
     case "concat": {
       const parts = list(body).map((part) => read(part, sets));
       return (packet, world) => {
@@ -332,8 +356,8 @@ function matches(value: Value, pattern: Json, sets: Sets, text: boolean): Tri {
   }
   if (typeof value === "string") {
     if (typeof pattern === "boolean") return pattern;
-    if (value.startsWith("cgroup:"))
-      return `${value.slice("cgroup:".length)}/`.startsWith(`${String(pattern).replace(/^\//, "")}/`);
+    if (value.startsWith(CGROUP))
+      return `${value.slice(CGROUP.length)}/`.startsWith(`${String(pattern).replace(/^\//, "")}/`);
     if (typeof pattern !== "string")
       return { unknown: `whether ${value} matches ${JSON.stringify(pattern)}` };
     return pattern.endsWith("*") ? value.startsWith(pattern.slice(0, -1)) : value === pattern;
@@ -343,6 +367,13 @@ function matches(value: Value, pattern: Json, sets: Sets, text: boolean): Tri {
     return { unknown: `whether a value matches ${JSON.stringify(pattern)}` };
   return within(value, wanted);
 }
+
+const CGROUP = "cgroup:";
+const depth = (path: string): number =>
+  path
+    .replace(CGROUP, "")
+    .split("/")
+    .filter((part) => part !== "").length;
 
 function matchStep({ op, left, right }: Bag, sets: Sets): Step {
   const negated = op === "!=";
@@ -389,6 +420,8 @@ function matchStep({ op, left, right }: Bag, sets: Sets): Step {
     const got = value(packet, world);
     if (got === undefined) return false;
     if (isUnknown(got)) return got;
+    // One that is not as deep in the tree has no part there that could differ. (nft_socket.c: NFT_BREAK)
+    if (typeof got === "string" && got.startsWith(CGROUP) && depth(got) < depth(String(right))) return false;
     const tri = judge(got, packet, world);
     return negated ? notTri(tri) : tri;
   };
@@ -486,8 +519,10 @@ const STATEMENTS: Readonly<Record<string, (body: Json, sets: Sets) => Step | Ste
   reject: (body) => {
     const { type, expr } = bag(body);
     const refuse = verdict({ do: "reject", with: [type ?? "icmpx", expr].filter(Boolean).join(" ") });
-    // nft 1.0.6 leaves out the match that a TCP reset implies.
-    return type === "tcp reset" ? [test(({ protocol }) => protocol === "tcp"), refuse] : refuse;
+    // nft 1.0.6 leaves out the match that the kind of refusal implies.
+    if (type === "tcp reset") return [test(({ protocol }) => protocol === "tcp"), refuse];
+    const only = type === "icmp" ? 4 : type === "icmpv6" ? 6 : undefined;
+    return only === undefined ? refuse : [test(({ family }) => family === only), refuse];
   },
   vmap: (body, sets) => {
     const { key, data } = bag(body);
@@ -545,14 +580,16 @@ const STATEMENTS: Readonly<Record<string, (body: Json, sets: Sets) => Step | Ste
   },
   /** Gives no verdict of its own with a listener: the rule goes on with the statement behind it. (nft_tproxy.c) */
   tproxy: (body) => {
-    const { addr, port } = bag(body);
-    const to = spanOf(port);
+    const { addr, port, family } = bag(body);
+    const to = port === undefined ? span(0) : spanOf(port);
     if (to === undefined) return opaque("which port tproxy means");
-    const inner = tproxy(typeof addr === "string" ? addressNumber(addr) : undefined, to, (mark) => mark);
-    return (packet, world) =>
-      inner(packet, world).map((turn) => ({
-        ...turn,
-        does: turn.packet.proxied === undefined ? ("miss" as const) : ("on" as const),
-      }));
+    const only = family === "ip" ? 4 : family === "ip6" ? 6 : undefined;
+    return [
+      test((packet) => packet.protocol !== "icmp" && (only === undefined || only === packet.family)),
+      tproxy(typeof addr === "string" ? addressNumber(addr) : undefined, to, "miss", (packet) => ({
+        packet,
+        does: "on",
+      })),
+    ];
   },
 };

@@ -75,8 +75,16 @@ export const PROTOCOL_NUMBER: Readonly<Record<string, number>> = {
   udplite: 136,
 };
 
+/** ICMP: an echo request, of either family. */
+export type Protocol = "tcp" | "udp" | "icmp";
+
+export function protocolNumber({ protocol, family }: Pick<Packet, "protocol" | "family">): number {
+  return PROTOCOL_NUMBER[protocol === "icmp" && family === 6 ? "icmpv6" : protocol] ?? 0;
+}
+
 export interface Endpoint {
   readonly address: bigint;
+  /** 0 of ICMP, which has none. */
   readonly port: Span;
 }
 
@@ -92,7 +100,7 @@ export interface Sender {
 /** The first packet of a connection, at one place of its way. */
 export interface Packet {
   readonly family: Family;
-  readonly protocol: "tcp" | "udp";
+  readonly protocol: Protocol;
   readonly from: Endpoint;
   readonly to: Endpoint;
   /** As conntrack remembers it: before any translation. */
@@ -110,12 +118,15 @@ export interface Packet {
   readonly sender: Sender | undefined;
   /** Conntrack has the connection in its table (it has left or reached the machine once). */
   readonly confirmed: boolean;
-  /** Taken by TPROXY: delivered to this local port without a change of its address. */
-  readonly proxied: Span | undefined;
+  /** Taken by TPROXY for the listener there, without a change of its own address. */
+  readonly proxied: Endpoint | undefined;
+  /** By what it was routed anew last, on its way out. */
+  readonly rerouted?: { readonly to: bigint; readonly from: bigint; readonly mark: bigint };
 }
 
 export function endpointText({ address, port }: Endpoint, family: Family): string {
-  return `${bracketed(addressText(address, family))}:${spanText(port)}`;
+  const host = addressText(address, family);
+  return port.high === 0n ? host : `${bracketed(host)}:${spanText(port)}`;
 }
 
 export function spanText({ low, high }: Span): string {

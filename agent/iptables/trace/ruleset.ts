@@ -90,6 +90,7 @@ export function buildRuleset(listing: Listing, family: Family): Ruleset {
           chain,
           hook,
           ...place,
+          type: table.name === "mangle" && hook === "output" ? "route" : place.type,
           priority: late ? 100 : place.priority,
           policy: policy === "DROP" ? "drop" : "accept",
           device: undefined,

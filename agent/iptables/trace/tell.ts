@@ -105,7 +105,7 @@ function changesOf(before: Packet, after: Packet): string {
         : "puts it into a conntrack zone",
     after.proxied === undefined || before.proxied !== undefined
       ? ""
-      : `hands it to the local port ${after.proxied.low} with its addresses as they are`,
+      : `hands it to the local port ${after.proxied.port.low} with its addresses as they are`,
   ]
     .filter((part) => part !== "")
     .join(" and ");
@@ -123,8 +123,11 @@ export function verdictOf({ packet, hops, end }: Way): string {
   const first = endpointText(original.to, family);
   const from =
     translated.destination || packet.proxied !== undefined ? ` with original destination ${first}` : "";
+  // Envoy has no part in it.
+  const past = packet.protocol === "icmp" ? "" : " past Envoy";
   switch (end.kind) {
     case "delivered": {
+      if (packet.protocol === "icmp") return `is answered by this machine's kernel as ${here}`;
       if (end.listener === undefined)
         return `is refused: nobody listens on ${here}${translated.destination ? `, to which it was redirected from ${first}` : ""}`;
       const port = Number(end.port.low);
@@ -138,8 +141,8 @@ export function verdictOf({ packet, hops, end }: Way): string {
         (hop) => ownerOfHop(hop) === "kube-proxy" && hop.after.to.address !== hop.before.to.address,
       );
       return translated.destination
-        ? `reaches ${byKube ? "pod " : ""}${here} by ${end.device} past Envoy${from}`
-        : `leaves by ${end.device} to ${here} past Envoy`;
+        ? `reaches ${byKube ? "pod " : ""}${here} by ${end.device}${past}${from}`
+        : `leaves by ${end.device} to ${here}${past}`;
     }
     case "unroutable":
       return `goes nowhere: ${end.why}`;

@@ -1,13 +1,14 @@
 import { describe, expect, test } from "vitest";
 import type { Host } from "../../platform/host.ts";
 import { parseRule } from "../parse.ts";
+import { inIpSet, parseIpSets } from "./ipset.ts";
 import { parseLive } from "./live.ts";
 import { masquerade, type Route, type World } from "./model.ts";
 import { addressNumber, addressText, type Packet, parseSpan, span } from "./packet.ts";
 import { buildRuleset } from "./ruleset.ts";
 import { resolveSender } from "./sender.ts";
 import { traceStatic } from "./trace.ts";
-import { walkOut } from "./walk.ts";
+import { walkIn, walkOut } from "./walk.ts";
 import { compileRule } from "./xtables.ts";
 
 describe("numbers of addresses", () => {
@@ -69,8 +70,9 @@ const WORLD: World = {
   route: ({ to }) => (to >> 24n === 127n ? { type: "local", device: "lo", source: to } : REMOTE),
   addressOf: () => addressNumber("10.200.0.1"),
   visibleAddress: () => addressNumber("10.200.0.1"),
-  listener: (_protocol, _family, _address, port) => (port === 15001n ? "envoy" : undefined),
-  bound: () => false,
+  socket: (_protocol, _family, _address, port) =>
+    port === 15001n ? { name: "envoy", wildcard: true, transparent: true } : undefined,
+  ipSets: new Map(),
   recent: (list) => (list === "vmmesh-envoy4" ? 1.2 : undefined),
 };
 
@@ -128,7 +130,7 @@ describe("one rule of iptables", () => {
     ["-A OUTPUT -p tcp -m tcp --sport 22 -j DROP", "miss"],
     ["-A OUTPUT -p tcp -m tcp --sport 1024:65535 -j DROP", "drop"],
     ["-A OUTPUT -p tcp -m tcp --sport 40000 -j DROP", "miss or drop"],
-    ["-A OUTPUT -m statistic --mode random --probability 0.5 -j DROP", "miss or miss or drop"],
+    ["-A OUTPUT -m statistic --mode random --probability 0.5 -j DROP", "miss or drop"],
     ["-A OUTPUT -m bpf --bytecode 1 -j DROP", "miss or drop"],
     ["-A OUTPUT -m set --match-set BLOCKED dst -j DROP", "miss or drop"],
     ["-A OUTPUT -j SOMETHING", "miss or on"],
@@ -196,6 +198,78 @@ const KUBE = {
     ],
   },
 };
+
+describe("TPROXY", () => {
+  const inbound: Packet = { ...PACKET, in: "eth0", out: undefined, sender: undefined, tracking: "not yet" };
+  const arrives = (target: string, world: World): string[] =>
+    walkIn(
+      buildRuleset(
+        {
+          ...NONE,
+          legacySave: `*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j TPROXY ${target}\nCOMMIT\n`,
+        },
+        4,
+      ),
+      world,
+      inbound,
+      true,
+    ).map(({ end }) => (end.kind === "delivered" ? `${end.kind} to ${end.port.low}` : end.kind));
+  const listening = (transparent: boolean | undefined, byMark = true): World => ({
+    ...WORLD,
+    route: ({ mark }) =>
+      mark === 0x10n && byMark ? { type: "local", device: "lo", source: undefined } : REMOTE,
+    socket: (_protocol, _family, _address, port) =>
+      port === 15006n ? { name: "envoy", wildcard: true, transparent } : undefined,
+  });
+
+  test.each([
+    ["--on-port 15006 --tproxy-mark 0x10/0x10", listening(true), ["delivered to 15006"]],
+    ["--on-port 15007 --tproxy-mark 0x10/0x10", listening(true), ["dropped"]],
+    ["--on-port 15006 --tproxy-mark 0x10/0x10", listening(false), ["dropped"]],
+    ["--on-port 15006 --tproxy-mark 0x10/0x10", listening(undefined), ["delivered to 15006", "dropped"]],
+    // Without a route for the mark it is forwarded, and a packet with a socket on it is not.
+    ["--on-port 15006 --tproxy-mark 0x10/0x10", listening(true, false), ["unroutable"]],
+    ["--on-port 15006", listening(true), ["unroutable"]],
+  ])("%s %#", (target, world, want) => expect(arrives(target, world)).toEqual(want));
+});
+
+describe("a set of ipset", () => {
+  const sets =
+    parseIpSets(`create hosts hash:ip family inet hashsize 1024 maxelem 65536 bucketsize 12 initval 0x1
+add hosts 10.96.0.10 comment "add hosts 10.0.0.1"
+create nets hash:net family inet hashsize 1024 maxelem 65536
+add nets 10.0.0.0/8
+add nets 10.96.0.0/16 nomatch
+create slash24 hash:ip family inet netmask 24
+add slash24 10.96.0.0
+create pairs hash:ip,port family inet
+add pairs 10.96.0.10,tcp:80
+create ports bitmap:port range 0-1024
+add ports 80
+create six hash:net family inet6
+add six ::/1
+create both list:set size 8
+add both six
+add both hosts
+`);
+  test.each([
+    ["hosts", ["dst"], true],
+    ["hosts", ["src"], false],
+    ["nets", ["src"], true],
+    ["nets", ["dst"], false],
+    ["slash24", ["dst"], true],
+    ["pairs", ["dst", "dst"], true],
+    ["pairs", ["dst", "src"], false],
+    ["pairs", ["dst"], false],
+    ["ports", ["dst"], true],
+    ["six", ["dst"], false],
+    ["both", ["dst"], true],
+    ["gone", ["dst"], { unknown: "what the ipset gone holds" }],
+  ])("%s by %j: %j", (name, directions, want) => {
+    const hit = inIpSet(sets, name, { ...PACKET, from: { ...PACKET.from, port: span(40_000) } }, directions);
+    expect(hit).toEqual(want);
+  });
+});
 
 describe("a walk", () => {
   test("without rules the packet leaves as it is", () => {
@@ -311,6 +385,73 @@ describe("a walk", () => {
     const listing = { nftJson: nft("ip site", { out: { hook: "output", type: "filter", prio: 0, rules } }) };
     expect(outcome(listing)).toEqual(["rejected 10.96.0.10:80"]);
     expect(outcome(listing, { ...PACKET, protocol: "udp" })).toEqual(["leaves 10.96.0.10:80"]);
+  });
+
+  test("a refusal by an ICMP of one family is for packets of it, although nft does not print it", () => {
+    const site = (type: string) => ({
+      nftJson: nft("inet site", {
+        out: {
+          hook: "output",
+          type: "filter",
+          prio: 0,
+          rules: [[{ reject: { type, expr: "port-unreachable" } }]],
+        },
+      }),
+    });
+    expect(outcome(site("icmp"))).toEqual(["rejected 10.96.0.10:80"]);
+    expect(outcome(site("icmpv6"))).toEqual(["leaves 10.96.0.10:80"]);
+  });
+
+  test("of two chains of one priority in one table the later one runs first", () => {
+    const chain = (verdict: object) => ({ hook: "output", type: "filter", prio: 0, rules: [[verdict]] });
+    const refuse = chain({ reject: { type: "icmp" } });
+    const drop = chain({ drop: null });
+    expect(outcome({ nftJson: nft("ip site", { drop, refuse }) })).toEqual(["rejected 10.96.0.10:80"]);
+    expect(outcome({ nftJson: nft("ip site", { refuse, drop }) })).toEqual(["dropped 10.96.0.10:80"]);
+  });
+
+  test("a cgroup that is not as deep as the one that a rule excepts is no other one (nft), or is (iptables)", () => {
+    const rules = [
+      [match({ socket: { key: "cgroupv2" } }, "system.slice/app.service/worker", "!="), { drop: null }],
+    ];
+    expect(
+      outcome({ nftJson: nft("ip site", { out: { hook: "output", type: "filter", prio: 0, rules } }) }),
+    ).toEqual(["leaves 10.96.0.10:80"]);
+    const other = [
+      [match({ socket: { key: "cgroupv2" } }, "system.slice/other.service", "!="), { drop: null }],
+    ];
+    expect(
+      outcome({
+        nftJson: nft("ip site", { out: { hook: "output", type: "filter", prio: 0, rules: other } }),
+      }),
+    ).toEqual(["dropped 10.96.0.10:80"]);
+    expect(does("-A OUTPUT -m cgroup ! --path system.slice/app.service/worker -j DROP")).toBe("drop");
+  });
+
+  test("a mark routes a packet anew behind mangle and chains of type route, never behind a filter chain", () => {
+    const marked: World = {
+      ...WORLD,
+      route: ({ to, mark = 0n }) => (mark === 0x10n ? { type: "local", device: "lo", source: to } : REMOTE),
+    };
+    const mark = (to: number) => [{ mangle: { key: { meta: { key: "mark" } }, value: to } }];
+    const site = (type: string, prio: number, to: number) => ({
+      hook: "output",
+      type,
+      prio,
+      rules: [mark(to)],
+    });
+    const ends = (listing: Partial<typeof NONE>) => outcome(listing, undefined, marked);
+    expect(ends({ nftJson: nft("ip site", { out: site("route", -150, 0x10) }) })).toEqual([
+      "delivered 10.96.0.10:80",
+    ]);
+    expect(ends({ nftJson: nft("ip site", { out: site("filter", 0, 0x10) }) })).toEqual([
+      "leaves 10.96.0.10:80",
+    ]);
+    expect(
+      ends({ nftJson: nft("ip site", { out: site("route", -150, 0x10), later: site("filter", 0, 0) }) }),
+    ).toEqual(["delivered 10.96.0.10:80"]);
+    const mangle = "*mangle\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j MARK --set-xmark 0x10/0x10\nCOMMIT\n";
+    expect(ends({ legacySave: mangle })).toEqual(["delivered 10.96.0.10:80"]);
   });
 
   test("a refusal that has no way back to loopback is silence", () => {

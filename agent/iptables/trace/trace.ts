@@ -3,7 +3,15 @@ import { PORTS } from "../../core/paths.ts";
 import { type Reads, tryRun } from "../read.ts";
 import type { Family } from "../rules.ts";
 import type { Ruleset } from "./model.ts";
-import { addressNumber, addressText, type Packet, type Sender, span } from "./packet.ts";
+import {
+  addressNumber,
+  endpointText,
+  type Packet,
+  type Protocol,
+  type Sender,
+  type Span,
+  span,
+} from "./packet.ts";
 import { buildRuleset, readListing } from "./ruleset.ts";
 import { type HopLine, hopLine, verdictOf } from "./tell.ts";
 import { sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
@@ -11,8 +19,9 @@ import { type Machine, readWorld } from "./world.ts";
 
 /** The first packet of one connection. */
 export interface Question {
+  /** Port: 0 of ICMP. */
   readonly to: { readonly address: string; readonly port: number };
-  readonly protocol: "tcp" | "udp";
+  readonly protocol: Protocol;
   /** Who sends it, or from where it comes. */
   readonly by: { readonly sender: Sender; readonly label: string } | { readonly from: string };
   /** Default: any that the kernel may choose. */
@@ -34,11 +43,15 @@ export interface Trace {
  */
 export async function openTrace(host: Reads, family: Family): Promise<Trace> {
   const listing = await readListing(host, family);
-  const lists = [...`${listing.nftSave}\n${listing.legacySave}`.matchAll(/-m recent .*?--name (\S+)/g)];
+  const saves = `${listing.nftSave}\n${listing.legacySave}`;
+  const lists = [...saves.matchAll(/-m recent .*?--name (\S+)/g)];
   const sysctl = async (name: string): Promise<string> =>
     (await tryRun(host, { argv: ["sysctl", "-n", name] }))?.stdout.trim() ?? "";
   const [machine, forwarding, range] = await Promise.all([
-    readWorld(host, [...new Set(lists.map(([, name = ""]) => name))]),
+    readWorld(host, {
+      recentLists: [...new Set(lists.map(([, name = ""]) => name))],
+      ipSets: saves.includes("--match-set"),
+    }),
     sysctl(family === 4 ? "net.ipv4.ip_forward" : "net.ipv6.conf.all.forwarding"),
     sysctl("net.ipv4.ip_local_port_range"),
   ]);
@@ -76,7 +89,8 @@ function walkOnce({ rules, machine: { world }, forwards, ephemeral }: Trace, que
     to: source ?? address,
     ...(sender === undefined ? {} : { uid: sender.uid }),
   });
-  const port = fromPort === undefined ? span(ephemeral.low, ephemeral.high) : span(fromPort);
+  const anyPort = protocol === "icmp" ? span(0) : span(ephemeral.low, ephemeral.high);
+  const port = fromPort === undefined ? anyPort : span(fromPort);
   const ends = {
     from: { address: source ?? route?.source ?? 0n, port },
     to: { address, port: span(to.port) },
@@ -134,7 +148,7 @@ function report(question: Question, groups: readonly (readonly Way[])[]): TraceR
   const by = "sender" in question.by ? `of ${question.by.label}` : `from ${question.by.from}`;
   const [only] = ends;
   return {
-    packet: `${question.protocol} ${by} to ${bracketed(question.to.address)}:${question.to.port}`,
+    packet: `${question.protocol} ${by} to ${question.protocol === "icmp" ? question.to.address : `${bracketed(question.to.address)}:${question.to.port}`}`,
     verdict:
       certain && only !== undefined
         ? only.verdict
@@ -151,8 +165,7 @@ export const isCut = (group: readonly Way[]): boolean =>
 
 function ending(way: Way): Ending {
   const { packet, end } = way;
-  const at = (address: bigint, port: bigint): string =>
-    `${bracketed(addressText(address, packet.family))}:${port}`;
+  const at = (address: bigint, port: Span): string => endpointText({ address, port }, packet.family);
   const kinds = {
     rejected: "refused",
     dropped: "dropped",
@@ -175,9 +188,7 @@ function ending(way: Way): Ending {
             : "delivered"
         : kinds[end.kind],
     destination:
-      end.kind === "delivered"
-        ? at(packet.to.address, end.port.low)
-        : at(packet.to.address, packet.to.port.low),
+      end.kind === "delivered" ? at(packet.to.address, end.port) : at(packet.to.address, packet.to.port),
     hops: way.hops.map(hopLine),
   };
 }

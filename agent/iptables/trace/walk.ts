@@ -4,8 +4,8 @@ import {
   chainKey,
   type HookName,
   type Route,
-  type RouteQuestion,
   type Ruleset,
+  socketOf,
   type TraceRule,
   type Turn,
   type Verdict,
@@ -64,11 +64,15 @@ export function walkOut(rules: Ruleset, world: World, packet: Packet): Way[] {
   return hook(rules, world, "output", [start(packet)]).flatMap((state) => {
     if (state.end !== "through") return [way(state, state.end)];
     const { packet: now } = state;
-    const moved = now.to.address !== packet.to.address || now.mark !== packet.mark;
-    // A changed destination or mark is routed anew, by the addresses that it has now. (ip_route_me_harder)
-    const route = moved
-      ? world.route(asOutput(now))
-      : { type: kindOf(world, now), device: now.out ?? "", source: undefined };
+    const { rerouted, sender } = now;
+    const route =
+      rerouted === undefined
+        ? { type: kindOf(world, now), device: now.out ?? "", source: undefined }
+        : world.route({
+            family: now.family,
+            ...rerouted,
+            ...(sender === undefined ? {} : { uid: sender.uid }),
+          });
     const bad = unroutable(route);
     if (bad !== undefined || route === undefined) return [way(state, bad ?? unknownRoute)];
     return leave(rules, world, { ...state, packet: { ...now, out: route.device } }, route);
@@ -95,13 +99,19 @@ const way = ({ packet, hops, because }: State, end: End): Way => ({
 });
 const unknownRoute: End = { kind: "unroutable", why: "the kernel's route is not known" };
 
-const asOutput = ({ family, to, from, mark, sender }: Packet): RouteQuestion => ({
-  family,
-  to: to.address,
-  from: from.address,
-  mark,
-  ...(sender === undefined ? {} : { uid: sender.uid }),
-});
+/**
+ * A changed destination or mark is routed anew, but only behind the chains that look for it: those of type route (mangle
+ * OUTPUT is one), and nat for the destination. What a filter chain changes stays without effect. (ip_route_me_harder)
+ */
+function reroute(before: Packet, after: Ended, by: "route" | "nat"): Ended {
+  const { to, from, mark } = after.packet;
+  const moved = to.address !== before.to.address || (by === "route" && mark !== before.mark);
+  if (!moved) return after;
+  return {
+    ...after,
+    packet: { ...after.packet, rerouted: { to: to.address, from: from.address, mark } },
+  };
+}
 
 function kindOf(world: World, packet: Packet): string {
   return world.route({ family: packet.family, to: packet.to.address })?.type ?? "unicast";
@@ -144,7 +154,7 @@ function leave(rules: Ruleset, world: World, from: State, route: Route): Way[] {
 function arrive(rules: Ruleset, world: World, state: State, forwards: boolean): Way[] {
   const { packet } = state;
   const route =
-    packet.in === "lo" || packet.proxied !== undefined
+    packet.in === "lo"
       ? { type: "local", device: "lo", source: undefined }
       : world.route({
           family: packet.family,
@@ -160,6 +170,14 @@ function arrive(rules: Ruleset, world: World, state: State, forwards: boolean): 
       way(after, after.end === "through" ? deliver(world, after.packet) : after.end),
     );
   }
+  // The socket on it is not for another machine. (ip_forward.c)
+  if (packet.proxied !== undefined)
+    return [
+      way(state, {
+        kind: "unroutable",
+        why: "TPROXY has given it to a listener, and no route for its mark delivers it here",
+      }),
+    ];
   if (!forwards)
     return [way(state, { kind: "unroutable", why: "it is for another machine, and ip_forward is off" })];
   const forwarded: State = { ...state, packet: { ...packet, out: route.device } };
@@ -169,16 +187,16 @@ function arrive(rules: Ruleset, world: World, state: State, forwards: boolean): 
 }
 
 function deliver(world: World, packet: Packet): End {
-  const port = packet.proxied ?? packet.to.port;
-  // A transparent listener takes a packet for any address.
-  const address = packet.proxied === undefined ? packet.to.address : 0n;
-  const listener = world.listener(packet.protocol, packet.family, address, port.low);
+  const { port } = packet.proxied ?? packet.to;
+  const listener = packet.protocol === "icmp" ? "the kernel itself" : socketOf(packet, world)?.name;
   return { kind: "delivered", port, listener };
 }
 
 /** What the kernel calls at one priority: a chain, conntrack, or all nat chains of the hook. */
 interface Slot {
   readonly priority: number;
+  /** undefined: of conntrack and nat. */
+  readonly table: string | undefined;
   readonly label: string;
   run(states: readonly State[]): Ended[];
 }
@@ -204,14 +222,26 @@ function hook(rules: Ruleset, world: World, name: HookName, states: readonly Sta
     .filter(({ type }) => type !== "nat")
     .map((base) => ({
       priority: base.priority,
+      table: base.chain.table,
       label: labelOf(base),
-      run: (current) => current.flatMap((state) => runBase(rules, world, base, state)),
+      run: (current) =>
+        current.flatMap((state) =>
+          runBase(rules, world, base, state).map((after) =>
+            base.type === "route" ? reroute(state.packet, after, "route") : after,
+          ),
+        ),
     }));
   if (name === "output" || name === "prerouting")
-    slots.push({ priority: -200, label: "conntrack", run: (current) => current.map(tracked) });
+    slots.push({
+      priority: -200,
+      table: undefined,
+      label: "conntrack",
+      run: (current) => current.map(tracked),
+    });
   if (nat.length > 0 && natPriority !== undefined)
     slots.push({
       priority: natPriority,
+      table: undefined,
       label: "nat",
       run: (current) => current.flatMap((state) => runNat(rules, world, name, nat, state)),
     });
@@ -236,19 +266,23 @@ function runNat(rules: Ruleset, world: World, name: HookName, nat: readonly Base
     return [{ ...state, end: "through" }];
   const slots = nat.map((base) => ({
     priority: base.priority,
+    table: base.chain.table,
     label: labelOf(base),
     run: (current: readonly State[]) =>
       current.flatMap((each): Ended[] =>
         each.packet.settled[direction] ? [{ ...each, end: "through" }] : runBase(rules, world, base, each),
       ),
   }));
-  return inOrder(slots, [{ ...state, end: "through" }], "nat chains").map((ended) => ({
-    ...ended,
-    packet: { ...ended.packet, settled: { ...ended.packet.settled, [direction]: true } },
-  }));
+  return inOrder(slots, [{ ...state, end: "through" }], "nat chains").map((ended) => {
+    const { packet } = name === "output" ? reroute(state.packet, ended, "nat") : ended;
+    return { ...ended, packet: { ...packet, settled: { ...packet.settled, [direction]: true } } };
+  });
 }
 
-/** Runs slots by priority; those of equal priority in every order, because the kernel shows to nobody in which they were registered. */
+/**
+ * Runs slots by priority. Of equal ones the last registered goes first (nf_hook_entries_grow): within a table that is the
+ * last listed; of different tables nobody can see it, so every order is followed.
+ */
 function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): Ended[] {
   let current = [...from];
   const priorities = [...new Set(slots.map(({ priority }) => priority))].sort((a, b) => a - b);
@@ -259,7 +293,10 @@ function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): 
       ...slot.run(states.filter(({ end }) => end === "through")),
     ];
     const why = `${equal.map(({ label }) => label).join(" and ")} are ${what} of equal priority (${priority}): which was registered last, and so runs first, cannot be seen`;
-    const all = orders(equal).map((order) => order.reduce(through, current));
+    const tables = [...Map.groupBy(equal, (slot) => slot.table ?? slot.label).values()];
+    const all = orders(tables.map((of) => of.toReversed()))
+      .map((order) => order.flat())
+      .map((order) => order.reduce(through, current));
     const results = sameStates(all)
       ? (all[0] ?? [])
       : all.flatMap((states, choice) =>

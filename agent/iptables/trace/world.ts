@@ -1,6 +1,7 @@
 import { type ListeningSocket, parseListeners } from "../parse.ts";
 import { type Reads, tryRun } from "../read.ts";
 import type { Family } from "../rules.ts";
+import { readIpSets } from "./ipset.ts";
 import type { Route, RouteQuestion, World } from "./model.ts";
 import { addressNumber, addressText } from "./packet.ts";
 
@@ -13,17 +14,21 @@ export interface Machine {
 }
 
 /** Reads what does not depend on the packet, and remembers what does. */
-export async function readWorld(host: Reads, recentLists: readonly string[]): Promise<Machine> {
+export async function readWorld(
+  host: Reads,
+  { recentLists, ipSets }: { readonly recentLists: readonly string[]; readonly ipSets: boolean },
+): Promise<Machine> {
   const routes = new Map<string, Route>();
   const asked = new Map<string, RouteQuestion>();
   const text = async (...argv: [string, ...string[]]): Promise<string> =>
     (await tryRun(host, { argv }))?.stdout ?? "";
-  const [tcp, udp, addresses] = await Promise.all([
-    text("ss", "-ltnpH"),
-    text("ss", "-lunpH"),
+  const [tcp, udp, addresses, sets] = await Promise.all([
+    readSockets(host, "-ltnpH"),
+    readSockets(host, "-lunpH"),
     text("ip", "-j", "addr"),
+    ipSets ? readIpSets(host) : new Map(),
   ]);
-  const listeners = { tcp: parseListeners(tcp), udp: parseListeners(udp) };
+  const listeners = { tcp, udp, icmp: [] };
   const firstAddress = firstAddresses(addresses);
   const visible = visibleAddresses(addresses);
   const recent = await readRecent(host, recentLists);
@@ -38,13 +43,21 @@ export async function readWorld(host: Reads, recentLists: readonly string[]): Pr
     visibleAddress: (device, family) =>
       visible.find((it) => it.family === family && it.device === device)?.address ??
       visible.find((it) => it.family === family)?.address,
-    listener: (protocol, family, address, port) =>
-      nameOf(listeners[protocol].find((socket) => listens(socket, family, address, port))),
-    bound: (protocol, family, address, port) =>
-      listeners[protocol].some(
-        (socket) => !isWildcard(socket.address) && listens(socket, family, address, port),
-      ),
+    socket(protocol, family, address, port) {
+      const found = listeners[protocol]
+        .filter((socket) => listens(socket, family, address, port))
+        // One that is bound to the very address goes first.
+        .sort((a, b) => Number(isWildcard(a.address)) - Number(isWildcard(b.address)))[0];
+      return found === undefined
+        ? undefined
+        : {
+            name: found.processes[0]?.name ?? "",
+            wildcard: isWildcard(found.address),
+            transparent: found.transparent,
+          };
+    },
     recent,
+    ipSets: sets,
   };
   return {
     world,
@@ -70,11 +83,25 @@ function listens(socket: ListeningSocket, family: Family, address: bigint, port:
   if (BigInt(socket.port) !== port) return false;
   if (socket.address === "*") return true;
   if (socket.address.includes(":") !== (family === 6)) return false;
-  return isWildcard(socket.address) || address === 0n || addressNumber(socket.address) === address;
+  return isWildcard(socket.address) || addressNumber(socket.address) === address;
 }
 
-const nameOf = (socket: ListeningSocket | undefined): string | undefined =>
-  socket === undefined ? undefined : (socket.processes[0]?.name ?? "");
+interface SeenSocket extends ListeningSocket {
+  readonly transparent: boolean | undefined;
+}
+
+/** With the options of each socket where ss can tell them (iproute2 5.13). */
+async function readSockets(host: Reads, which: string): Promise<SeenSocket[]> {
+  const full = await tryRun(host, { argv: ["ss", `${which}O`, "--inet-sockopt"] });
+  const told = full?.code === 0;
+  const text = told ? full.stdout : ((await tryRun(host, { argv: ["ss", which] }))?.stdout ?? "");
+  return text.split("\n").flatMap((line) =>
+    parseListeners(line).map((socket) => ({
+      ...socket,
+      transparent: told ? /inet-sockopt: \([^)]*\btransparent\b/.test(line) : undefined,
+    })),
+  );
+}
 
 /** @see ip-route(8) */
 function routeCommand({ family, to, from, mark, uid, in: device }: RouteQuestion): string[] {

@@ -1,4 +1,5 @@
 import type { ParsedRule } from "../parse.ts";
+import { inIpSet } from "./ipset.ts";
 import {
   addressType,
   change,
@@ -9,6 +10,7 @@ import {
   opaque,
   redirect,
   type Step,
+  socketOf,
   type Test,
   test,
   tproxy,
@@ -24,6 +26,7 @@ import {
   type Packet,
   PROTOCOL_NUMBER,
   parseSpan,
+  protocolNumber,
   type Span,
   span,
   type Tri,
@@ -144,6 +147,12 @@ const owner =
     };
   };
 
+/** Of ICMP only an echo request is walked. `255` is iptables' any. (ipt_icmp) */
+function echo(args: readonly string[]): Test {
+  const [type = ""] = first(args).split("/");
+  return ({ family }) => type === "any" || type === "255" || type === (family === 4 ? "8" : "128");
+}
+
 const typeOf =
   (side: "from" | "to") =>
   (args: readonly string[]): Test => {
@@ -172,7 +181,7 @@ const original =
 const TESTS: Readonly<Record<string, (args: readonly string[]) => Test | undefined>> = {
   "-p": (args) => {
     const number = PROTOCOL_NUMBER[first(args)] ?? Number(first(args));
-    return ({ protocol }) => number === 0 || first(args) === "all" || number === PROTOCOL_NUMBER[protocol];
+    return (packet) => number === 0 || first(args) === "all" || number === protocolNumber(packet);
   },
   "-s": addressOf("from"),
   "-d": addressOf("to"),
@@ -188,6 +197,8 @@ const TESTS: Readonly<Record<string, (args: readonly string[]) => Test | undefin
     ([mask = "", set = ""]) =>
     () =>
       (2 & flags(mask)) === flags(set),
+  "icmp --icmp-type": echo,
+  "icmp6 --icmpv6-type": echo,
   "multiport --dports": portOf("to"),
   "multiport --sports": portOf("from"),
   "multiport --ports": (args) => {
@@ -205,15 +216,6 @@ const TESTS: Readonly<Record<string, (args: readonly string[]) => Test | undefin
   "state --state": (args) => {
     const wanted = first(args).toLowerCase().split(",");
     return (packet) => wanted.includes(ctState(packet));
-  },
-  "cgroup --path": (args) => {
-    const path = first(args).replace(/^\//, "");
-    return ({ sender }) => {
-      if (sender === undefined) return false;
-      return sender.cgroup === undefined
-        ? { unknown: "the cgroup of the sender is not known" }
-        : `${sender.cgroup}/`.startsWith(`${path}/`);
-    };
   },
 };
 
@@ -270,16 +272,40 @@ const WHOLE: Readonly<Record<string, (options: readonly Option[]) => Test>> = {
       );
     };
   },
+  /** Without a socket of its own a packet is in no cgroup, and the negated match does not hold either. (xt_cgroup.c) */
+  cgroup: (options) => {
+    const path = options.find(({ name }) => name === "--path");
+    if (path === undefined) return () => ({ unknown: "what `-m cgroup` asks" });
+    const wanted = first(path.args).replace(/^\//, "");
+    return ({ sender, proxied }) => {
+      if (proxied !== undefined) return { unknown: "the cgroup of the proxy is not known" };
+      if (sender === undefined) return false;
+      if (sender.cgroup === undefined) return { unknown: "the cgroup of the sender is not known" };
+      return `${sender.cgroup}/`.startsWith(`${wanted}/`) !== path.not;
+    };
+  },
   /** A listener that is bound to exactly this address; one on every address counts only with `--nowildcard`. (xt_socket.c) */
   socket: (options) => {
     const has = (name: string): boolean => options.some((option) => option.name === name);
-    if (has("--transparent") || has("--restore-skmark"))
-      return () => ({ unknown: "whether `-m socket` finds a transparent socket" });
-    return ({ protocol, family, to }, world) =>
-      has("--nowildcard")
-        ? world.listener(protocol, family, to.address, to.port.low) !== undefined
-        : world.bound(protocol, family, to.address, to.port.low);
+    if (has("--restore-skmark")) return () => ({ unknown: "which mark a socket has" });
+    return (packet, world) => {
+      const socket = socketOf(packet, world);
+      if (socket === undefined || (socket.wildcard && !has("--nowildcard"))) return false;
+      if (!has("--transparent")) return true;
+      return socket.transparent ?? { unknown: "whether the socket is transparent" };
+    };
   },
+  set: (options) => {
+    const wanted = options.find(({ name }) => name === "--match-set");
+    const harmless = /^--(match-set|return-nomatch|update-counters|update-subcounters)$/;
+    if (wanted === undefined || options.some(({ name }) => !harmless.test(name)))
+      return () => ({ unknown: "what `-m set` asks" });
+    const [name = "", directions = ""] = wanted.args;
+    return (packet, world) => negate(wanted, inIpSet(world.ipSets, name, packet, directions.split(",")));
+  },
+  statistic: () => () => ({ unknown: "chance or a count decides" }),
+  limit: () => () => ({ unknown: "how many packets came before" }),
+  hashlimit: () => () => ({ unknown: "how many packets came before" }),
   /** `--rcheck --seconds N` of one list; every other use depends on counts that nobody else sees. */
   recent: (options) => {
     const option = (name: string): Option | undefined => options.find((each) => each.name === name);
@@ -382,7 +408,10 @@ const TARGETS: Readonly<Record<string, Target>> = {
     const address = addressNumber(arg(options, "--on-ip") ?? "");
     const port = parseSpan(arg(options, "--on-port") ?? "");
     if (port === undefined) return opaque("which port TPROXY means");
-    return tproxy(address === 0n ? undefined : address, port, (old) => (old & ~BigInt(mask)) ^ BigInt(value));
+    return tproxy(address === 0n ? undefined : address, port, { do: "drop" }, (packet) => ({
+      packet: { ...packet, mark: (packet.mark & ~BigInt(mask)) ^ BigInt(value) },
+      does: { do: "accept" },
+    }));
   },
   ...Object.fromEntries(
     [
