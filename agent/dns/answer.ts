@@ -4,7 +4,7 @@ import { type DnsTable, lookUp } from "./table.ts";
 export const LEASE_NAME = "lease.vmmesh.invalid.";
 
 /** Record types that we know by heart (RFC 1035, RFC 3596). */
-export const TYPE = { A: 1, CNAME: 5, AAAA: 28, OPT: 41 } as const;
+export const TYPE = { A: 1, CNAME: 5, SOA: 6, AAAA: 28, OPT: 41 } as const;
 const CLASS_IN = 1;
 
 export interface Question {
@@ -39,6 +39,16 @@ export function answer(
   if (found === undefined) return "forward";
   const addresses = question.type === TYPE.A ? found.addresses.v4 : found.addresses.v6;
   return found.alias === undefined ? { addresses } : { alias: found.alias, addresses };
+}
+
+/**
+ * Whether the mesh has this name, whatever is asked of it. The machine's resolvers may say that there is no such name when
+ * they are asked for its HTTPS or TXT record; a cache between would then deny its addresses, too (RFC 8020).
+ */
+export function isOurs(table: DnsTable | undefined, question: Question, search: readonly string[]): boolean {
+  return (
+    table !== undefined && question.class === CLASS_IN && lookUp(table, question.name, search) !== undefined
+  );
 }
 
 /** A copy in random order, so that clients that take the first address spread over all. */

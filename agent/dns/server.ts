@@ -2,17 +2,20 @@ import type { Duplex } from "node:stream";
 import { aborted, type Latest } from "../core/signals.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
-import { answer, LEASE_NAME, shuffled, TYPE } from "./answer.ts";
+import { answer, isOurs, LEASE_NAME, shuffled, TYPE } from "./answer.ts";
 import type { DnsTable } from "./table.ts";
 import type { Upstreams } from "./upstream.ts";
 import {
   Deframer,
+  fitted,
   frame,
   idOf,
   RCODE,
+  rcodeOf,
   readQuery,
   replyLimit,
   writeAnswer,
+  writeBadVersion,
   writeError,
   writeQuery,
 } from "./wire.ts";
@@ -134,6 +137,7 @@ class Desk {
     if (query !== "foreign") {
       const known = answer(this.#deps.table.value, query.question, this.#deps.upstreams.search);
       if (known !== "forward") {
+        if (query.edns !== undefined && query.edns.version > 0) return done("local", writeBadVersion(query));
         const addresses = shuffled(known.addresses, Math.random);
         done("local", writeAnswer(query, { ...known, addresses }, replyLimit(query, protocol)));
         // After the reply, so that a change of the search list costs no local answer a file read.
@@ -146,8 +150,16 @@ class Desk {
       .forward(bytes, protocol, this.#signal)
       .catch(() => undefined);
     this.#forwarded -= 1;
-    if (forwarded === undefined) done("failed", writeError(bytes, RCODE.SERVFAIL));
-    else done("forwarded", forwarded);
+    if (forwarded === undefined) return done("failed", writeError(bytes, RCODE.SERVFAIL));
+    if (query === "foreign") return done("forwarded", forwarded);
+    const limit = replyLimit(query, protocol);
+    const denied =
+      rcodeOf(forwarded) === RCODE.NXDOMAIN &&
+      isOurs(this.#deps.table.value, query.question, this.#deps.upstreams.search);
+    done(
+      "forwarded",
+      denied ? writeAnswer(query, { addresses: [] }, limit) : fitted(forwarded, query, limit),
+    );
   }
 }
 
@@ -174,19 +186,25 @@ function serveConnection(
     idle.abort();
     signal.removeEventListener("abort", destroy);
   });
+  // Who asks and does not read is not read either: his answers would pile up here.
+  const pace = (): void => {
+    if (waiting >= MAX_PIPELINED || socket.writableNeedDrain) socket.pause();
+    else socket.resume();
+  };
+  socket.on("drain", pace);
   socket.on("data", (chunk: Buffer) => {
     for (const message of deframer.push(chunk)) {
       watchIdle();
       waiting += 1;
-      if (waiting === MAX_PIPELINED) socket.pause();
       const answered = desk.take(message, "tcp", (reply) => {
         if (!socket.destroyed) socket.write(frame(reply));
       });
       void answered.finally(() => {
         waiting -= 1;
-        if (waiting === MAX_PIPELINED - 1) socket.resume();
+        pace();
       });
     }
+    pace();
   });
   watchIdle();
 }

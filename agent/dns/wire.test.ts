@@ -4,6 +4,7 @@ import { describe, expect, test } from "vitest";
 import { LEASE_NAME } from "./answer.ts";
 import {
   Deframer,
+  fitted,
   frame,
   isReplyTo,
   type Query,
@@ -11,6 +12,7 @@ import {
   replyLimit,
   withId,
   writeAnswer,
+  writeBadVersion,
   writeError,
   writeQuery,
 } from "./wire.ts";
@@ -33,7 +35,11 @@ describe("readQuery", () => {
   });
   test("EDNS size and DO bit", () => {
     const opt = { type: "OPT", name: ".", udpPayloadSize: 1232, flags: 0x8000, options: [] };
-    expect(read(question("a.b", { additionals: [opt] })).edns).toEqual({ udpBytes: 1232, dnssecOk: true });
+    expect(read(question("a.b", { additionals: [opt] })).edns).toEqual({
+      version: 0,
+      udpBytes: 1232,
+      dnssecOk: true,
+    });
   });
   test("a dot inside a label matches no name of ours", () => {
     const bytes = writeQuery(1, "aXb.c", 1);
@@ -45,6 +51,15 @@ describe("readQuery", () => {
     { name: "a reply", bytes: encode({ type: "response", id: 1 }), want: "ignore" },
     { name: "no question", bytes: encode({ type: "query", id: 1 }), want: "no-question" },
     { name: "an update", bytes: encode({ type: "query", id: 1, flags: 5 << 11 }), want: "foreign" },
+    {
+      name: "two questions",
+      bytes: encode({
+        type: "query",
+        id: 1,
+        questions: ["a.test", "b.test"].map((name) => ({ type: "A" as const, name })),
+      }),
+      want: "malformed",
+    },
     { name: "cut in the name", bytes: question("example.com").subarray(0, 20), want: "malformed" },
     {
       name: "a name that points to itself",
@@ -95,11 +110,48 @@ describe("writeAnswer, read back by dns-packet", () => {
     const edns = read(question("many.test", { additionals: [opt] }));
     const whole = decode(Buffer.from(writeAnswer(edns, { addresses }, replyLimit(edns, "udp"))));
     expect(whole.answers).toHaveLength(100);
-    expect(whole.additionals).toMatchObject([{ type: "OPT", udpPayloadSize: 4096 }]);
+    expect(whole.additionals).toMatchObject([{ type: "OPT", udpPayloadSize: 1232 }]);
   });
   test("an EDNS size below 512 counts as 512", () => {
     const opt = { type: "OPT", name: ".", udpPayloadSize: 20, flags: 0, options: [] };
     expect(replyLimit(read(question("a.test", { additionals: [opt] })), "udp")).toBe(512);
+  });
+  test.for([{}, { alias: "api." }])("no address: an SOA says how long that may be kept (%j)", (more) => {
+    const packet = decode(
+      Buffer.from(writeAnswer(read(question("api.corp.test")), { ...more, addresses: [] }, 512)),
+    );
+    expect(packet.answers).toHaveLength("alias" in more ? 1 : 0);
+    expect(packet.authorities).toMatchObject([
+      { type: "SOA", name: "alias" in more ? "api" : "api.corp.test", ttl: 30, data: { minimum: 30 } },
+    ]);
+  });
+  test("an EDNS that we do not know: BADVERS with the version that we know", () => {
+    const opt = { type: "OPT", name: ".", ednsVersion: 1, udpPayloadSize: 1232, flags: 0, options: [] };
+    const packet = decode(Buffer.from(writeBadVersion(read(question("a.test", { additionals: [opt] })))));
+    expect(packet).toMatchObject({
+      rcode: "NOERROR",
+      questions: [{ name: "a.test" }],
+      additionals: [{ type: "OPT", extendedRcode: 1, ednsVersion: 0 }],
+    });
+  });
+  test("a resolver's reply that the asker cannot take becomes its question with TC", () => {
+    const query = read(question("Many.test"));
+    const reply = encode({
+      type: "response",
+      id: 7,
+      flags: 0x180,
+      questions: [{ type: "A", name: "Many.test" }],
+      answers: Array.from({ length: 40 }, () => ({ type: "A", name: "Many.test", data: "10.0.0.1" })),
+    });
+    expect(fitted(reply, query, reply.length)).toBe(reply);
+    expect(decode(Buffer.from(fitted(reply, query, 512)))).toMatchObject({
+      id: 7,
+      flag_tc: true,
+      flag_ra: true,
+      rcode: "NOERROR",
+      questions: [{ name: "Many.test" }],
+      answers: [],
+    });
   });
   test("an error keeps id and question", () => {
     expect(decode(Buffer.from(writeError(question("a.test"), 2)))).toMatchObject({

@@ -5,6 +5,8 @@ import { type Answer, type Question, TYPE } from "./answer.ts";
 const HEADER = 12;
 /** What a UDP client without EDNS can take (RFC 1035, 4.2.1). */
 const PLAIN_UDP_BYTES = 512;
+/** What we tell who asks with EDNS that we take over UDP: fits any path unfragmented (dnsflagday.net/2020). */
+const OWN_UDP_BYTES = 1232;
 /** What TCP framing can carry: two bytes of length. */
 const TCP_BYTES = 65_535;
 /** Seconds a client may keep one of our answers; Istio's number. */
@@ -20,7 +22,9 @@ const CD = 0x0010;
 const DNSSEC_OK = 0x8000;
 
 /** Response codes that we give ourselves (RFC 1035). */
-export const RCODE = { FORMERR: 1, SERVFAIL: 2 } as const;
+export const RCODE = { FORMERR: 1, SERVFAIL: 2, NXDOMAIN: 3 } as const;
+/** The upper eight bits of BADVERS (16), which go into the OPT record (RFC 6891, 6.1.3). */
+const BADVERS_HIGH = 1;
 
 /** What we must know of a query to answer it or to recognise its reply; the rest of its bytes is only passed on. */
 export interface Query {
@@ -30,14 +34,16 @@ export interface Query {
   /** As it came: its copy keeps the client's spelling, which some clients check (0x20). */
   readonly questionBytes: Uint8Array;
   /** Of the client's OPT record, if it sent one. */
-  readonly edns: { readonly udpBytes: number; readonly dnssecOk: boolean } | undefined;
+  readonly edns:
+    | { readonly version: number; readonly udpBytes: number; readonly dnssecOk: boolean }
+    | undefined;
 }
 
 /**
  * Reads the header and the first question of whatever arrived.
  *
  * @returns `ignore` for what must get no reply (too short to have an id, or itself a reply: two servers would answer
- *   each other for ever), `malformed` for FORMERR, `no-question` for SERVFAIL as Istio answers it, `foreign` for other
+ *   each other for ever), `malformed` for FORMERR (several questions among it, RFC 9619), `no-question` for SERVFAIL as Istio answers it, `foreign` for other
  *   operations than a plain query, which are passed on unread
  */
 export function readQuery(bytes: Uint8Array): Query | "ignore" | "malformed" | "no-question" | "foreign" {
@@ -47,6 +53,7 @@ export function readQuery(bytes: Uint8Array): Query | "ignore" | "malformed" | "
   if ((flags & QR) !== 0) return "ignore";
   if ((flags & OPCODE) !== 0) return "foreign";
   if (view.getUint16(4) === 0) return "no-question";
+  if (view.getUint16(4) > 1) return "malformed";
   const name = readName(bytes, HEADER);
   if (name === undefined || name.end + 4 > bytes.length) return "malformed";
   return {
@@ -79,7 +86,8 @@ function readEdns(bytes: Uint8Array): Query["edns"] {
     const packet = decode(Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length));
     for (const record of packet.additionals ?? []) {
       if (record.type !== "OPT") continue;
-      return { udpBytes: record.udpPayloadSize, dnssecOk: (record.flags & DNSSEC_OK) !== 0 };
+      const { ednsVersion: version, udpPayloadSize: udpBytes, flags } = record;
+      return { version, udpBytes, dnssecOk: (flags & DNSSEC_OK) !== 0 };
     }
   } catch {
     // Some record that the library cannot read: the query can still be forwarded, and a local answer fits 512 bytes.
@@ -93,9 +101,12 @@ export function replyLimit(query: Query, protocol: "udp" | "tcp"): number {
   return Math.max(query.edns?.udpBytes ?? PLAIN_UDP_BYTES, PLAIN_UDP_BYTES);
 }
 
-/** NOERROR with the records of `answer`; what does not fit into `limit` bytes is left out and TC is set. */
+/**
+ * NOERROR with the records of `answer`; what does not fit into `limit` bytes is left out and TC is set. Without addresses
+ * an SOA lets caches keep that there are none (RFC 2308, 2.2).
+ */
 export function writeAnswer(query: Query, answer: Answer, limit: number): Uint8Array {
-  const opt = query.edns === undefined ? undefined : optRecord(query.edns.dnssecOk);
+  const opt = query.edns === undefined ? undefined : optRecord(query.edns.dnssecOk, 0);
   const records: Uint8Array[] = [];
   let size = HEADER + query.questionBytes.length + (opt?.length ?? 0);
   let complete = true;
@@ -119,12 +130,16 @@ export function writeAnswer(query: Query, answer: Answer, limit: number): Uint8A
     if (data !== undefined && !add(record(owner, data.length === 4 ? TYPE.A : TYPE.AAAA, data))) break;
   }
 
+  const answers = records.length;
+  if (complete && answer.addresses.length === 0) add(record(owner, TYPE.SOA, SOA_DATA));
+
   const bytes = new Uint8Array(size);
   const view = viewOf(bytes);
   view.setUint16(0, query.id);
   view.setUint16(2, QR | AA | RA | (query.flags & (RD | CD)) | (complete ? 0 : TC));
   view.setUint16(4, 1);
-  view.setUint16(6, records.length);
+  view.setUint16(6, answers);
+  view.setUint16(8, records.length - answers);
   view.setUint16(10, opt === undefined ? 0 : 1);
   let at = HEADER;
   for (const part of [query.questionBytes, ...records, ...(opt === undefined ? [] : [opt])]) {
@@ -147,11 +162,12 @@ function record(owner: number, type: number, data: Uint8Array): Uint8Array {
 }
 
 /** Who sent OPT gets one back (RFC 6891, 6.1.1); without it systemd-resolved takes us for a server of the nineties. */
-function optRecord(dnssecOk: boolean): Uint8Array {
+function optRecord(dnssecOk: boolean, rcodeHigh: number): Uint8Array {
   const bytes = new Uint8Array(11);
   const view = viewOf(bytes);
   view.setUint16(1, TYPE.OPT);
-  view.setUint16(3, 4096);
+  view.setUint16(3, OWN_UDP_BYTES);
+  view.setUint8(5, rcodeHigh);
   view.setUint16(7, dnssecOk ? DNSSEC_OK : 0);
   return bytes;
 }
@@ -164,6 +180,50 @@ function encodeName(name: string): Uint8Array {
     bytes.push(raw.length, ...raw);
   }
   return Uint8Array.from([...bytes, 0]);
+}
+
+/** Server and mailbox that nobody has (RFC 6761), then serial, refresh, retry, expire and the seconds to keep it. */
+const SOA_DATA = Uint8Array.from(
+  Buffer.concat([
+    encodeName("vmmesh.invalid"),
+    encodeName("nobody.invalid"),
+    ...[1, TTL_SECONDS, TTL_SECONDS, TTL_SECONDS, TTL_SECONDS].map((value) => {
+      const bytes = Buffer.alloc(4);
+      bytes.writeUInt32BE(value);
+      return bytes;
+    }),
+  ]),
+);
+
+/** BADVERS: the asker speaks an EDNS that we do not know, the answer says which we know (RFC 6891, 6.1.3). */
+export function writeBadVersion(query: Query): Uint8Array {
+  const opt = optRecord(query.edns?.dnssecOk ?? false, BADVERS_HIGH);
+  const bytes = new Uint8Array(HEADER + query.questionBytes.length + opt.length);
+  const view = viewOf(bytes);
+  view.setUint16(0, query.id);
+  view.setUint16(2, QR | RA | (query.flags & (RD | CD)));
+  view.setUint16(4, 1);
+  view.setUint16(10, 1);
+  bytes.set(query.questionBytes, HEADER);
+  bytes.set(opt, HEADER + query.questionBytes.length);
+  return bytes;
+}
+
+/** A resolver's reply as it is if it fits into `limit` bytes, else its header and question with TC set: ask again by TCP. */
+export function fitted(reply: Uint8Array, query: Query, limit: number): Uint8Array {
+  if (reply.length <= limit) return reply;
+  const bytes = new Uint8Array(HEADER + query.questionBytes.length);
+  const view = viewOf(bytes);
+  view.setUint16(0, query.id);
+  view.setUint16(2, viewOf(reply).getUint16(2) | TC);
+  view.setUint16(4, 1);
+  bytes.set(query.questionBytes, HEADER);
+  return bytes;
+}
+
+/** The response code of a message with a whole header, without the bits that an OPT record may add. */
+export function rcodeOf(message: Uint8Array): number {
+  return viewOf(message).getUint16(2) & 0xf;
 }
 
 /** The query's header and question with an error code and nothing else. */
