@@ -61,6 +61,14 @@ export const COMMON_OPTIONS: readonly OptionSpec[] = [
   },
 ];
 
+const TOKEN_DURATION: OptionSpec = {
+  name: "token-duration",
+  type: "number",
+  value: "SECONDS",
+  default: 3600,
+  describe: "lifetime of the token, at least 600",
+};
+
 const MESH_OPTIONS: readonly OptionSpec[] = [
   {
     name: "namespace",
@@ -121,13 +129,7 @@ const MESH_OPTIONS: readonly OptionSpec[] = [
     value: "ID",
     describe: "name of the cluster (default: what istiod's injector says, else Kubernetes)",
   },
-  {
-    name: "token-duration",
-    type: "number",
-    value: "SECONDS",
-    default: 3600,
-    describe: "lifetime of the bootstrap token, at least 600",
-  },
+  TOKEN_DURATION,
 ];
 
 export const COMMANDS: readonly CommandSpec[] = [
@@ -393,6 +395,48 @@ export const COMMANDS: readonly CommandSpec[] = [
       ],
     ],
     load: async () => (await import("./bundle.ts")).bundleCreate,
+  },
+  {
+    words: "token create",
+    summary: "print a token of a service account; what a program of join --credential-exec may call",
+    options: [
+      {
+        name: "namespace",
+        type: "string",
+        value: "N",
+        required: true,
+        describe: "namespace of the service account",
+      },
+      {
+        name: "service-account",
+        type: "string",
+        value: "S",
+        required: true,
+        describe: "whose token; the credential needs no right but `create` on its `serviceaccounts/token`",
+      },
+      {
+        name: "kubeconfig",
+        type: "string",
+        value: "FILE",
+        describe: "credentials for the Kubernetes API, `exec` plugins included",
+      },
+      { name: "context", type: "string", value: "NAME", describe: "context of the kubeconfig" },
+      TOKEN_DURATION,
+      {
+        name: "audience",
+        type: "string",
+        value: "NAME",
+        default: "istio-ca",
+        describe: "whom the token is for; istiod wants istio-ca",
+      },
+    ],
+    examples: [
+      [
+        "vmmesh token create --kubeconfig /etc/vmmesh-renew/kubeconfig --namespace default --service-account details",
+        "see credentials.md in /usr/share/doc/vmmesh",
+      ],
+    ],
+    load: async () => (await import("./token.ts")).tokenCreate,
   },
   {
     words: "iptables plan",

@@ -1,13 +1,13 @@
 import { VmmeshError } from "../core/errors.ts";
 import { type MadeBundle, makeBundle, readMesh } from "../kube/bundle.ts";
 import { KubeClient, type KubeObject } from "../kube/client.ts";
-import { loadKubeconfig } from "../kube/kubeconfig.ts";
 import { parseLabels } from "../kube/labels.ts";
 import { type Choice, ensureMeshObjects, type MeshDeed } from "../kube/meshObjects.ts";
 import { parsePorts } from "../kube/ports.ts";
 import type { Bundle } from "../mesh/types.ts";
 import type { Options } from "./commands.ts";
 import { type Context, list, number, say, text } from "./context.ts";
+import { kubeAccess } from "./kubeAccess.ts";
 
 export interface FromCluster {
   /** Without a token when it was only a rehearsal. */
@@ -46,15 +46,8 @@ export async function bundleFromCluster(
   };
   const parsedPorts = parsePorts(list(options, "port"));
   const labels = parseLabels(list(options, "labels"));
-  const access = await loadKubeconfig(host, {
-    ...optional("path", "kubeconfig"),
-    ...optional("context", "context"),
-    env: process.env,
-    home: process.env["HOME"] ?? "/root",
-    uid: process.getuid?.() ?? 0,
-  });
+  const access = await kubeAccess(host, options);
   say(`kubeconfig: ${access.source}, used now and not kept`);
-  for (const warning of access.warnings) say(`warning: ${warning}`);
 
   await using client = new KubeClient(access);
   const request = {

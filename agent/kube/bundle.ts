@@ -4,7 +4,7 @@ import { PORTS } from "../core/paths.ts";
 import { sieveMeshEnv } from "../mesh/env.ts";
 import type { Bundle, ProxyConfig } from "../mesh/types.ts";
 import { type Fields, fieldsOf, isFields, parseYamlFields, textMapOf, textOf } from "../mesh/yaml.ts";
-import type { KubeClient, KubeObject, TokenWish } from "./client.ts";
+import { type KubeClient, type KubeObject, refuseShortToken, type TokenWish } from "./client.ts";
 import type { Choice } from "./meshObjects.ts";
 
 export interface BundleRequest {
@@ -55,8 +55,6 @@ const ISTIO_NAMESPACE = "istio-system";
 const GATEWAY = "istio-eastwestgateway";
 const AUDIENCE = "istio-ca";
 const XDS_PORT = 15012;
-/** The API server grants no less. */
-const LEAST_TOKEN_SECONDS = 600;
 const DEFAULT_CLUSTER_ID = "Kubernetes";
 
 /**
@@ -67,11 +65,7 @@ const DEFAULT_CLUSTER_ID = "Kubernetes";
  * @see chapter 1 of Istio's VM protocol
  */
 export async function makeBundle(client: Maker, request: BundleRequest): Promise<MadeBundle> {
-  if (request.tokenSeconds < LEAST_TOKEN_SECONDS) {
-    throw new VmmeshError("USAGE", `--token-duration ${request.tokenSeconds} is too short`, {
-      next: `The API server grants ${LEAST_TOKEN_SECONDS} seconds or more.`,
-    });
-  }
+  refuseShortToken(request.tokenSeconds);
   const bundle = await readMesh(client, request);
   const { namespace = "" } = request.group.metadata;
   const { serviceAccount } = templateOf(request.group);

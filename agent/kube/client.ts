@@ -88,6 +88,17 @@ const CONNECT_TIMEOUT_MS = 10_000;
 const ANSWER_TIMEOUT_MS = 30_000;
 const FIELD_MANAGER = "vmmesh";
 
+/** The API server grants no less. */
+const LEAST_TOKEN_SECONDS = 600;
+
+/** @throws {VmmeshError} USAGE, in the words of the command line */
+export function refuseShortToken(seconds: number): void {
+  if (seconds >= LEAST_TOKEN_SECONDS) return;
+  throw new VmmeshError("USAGE", `--token-duration ${seconds} is too short`, {
+    next: `The API server grants ${LEAST_TOKEN_SECONDS} seconds or more.`,
+  });
+}
+
 /** As much of the Kubernetes API as a join needs: get, list, create, server-side apply and TokenRequest. */
 export class KubeClient implements AsyncDisposable {
   readonly #access: KubeAccess;

@@ -135,6 +135,62 @@ describe("an identity by a command, to its end and back", () => {
     expect(again.stderr).toContain("ALREADY_JOINED");
   });
 
+  test("docs/credentials.md: a right to ask for one account's tokens, and SPIRE's plugin, are enough to join", async () => {
+    const page = readFileSync(new URL("../../docs/credentials.md", import.meta.url), "utf8");
+    const blocks = [...page.matchAll(/```(\w+)\n(.*?)```/gs)].map(([, kind, text = ""]) => ({ kind, text }));
+    const one = (kind: string, words: string): string => {
+      const found = blocks.filter((block) => block.kind === kind && block.text.includes(words));
+      if (found.length !== 1) throw new Error(`the page has ${found.length} blocks of ${kind} with ${words}`);
+      return found[0]?.text ?? "";
+    };
+    // The page's user is the one that the lab's API server knows by the token that "spire-agent" gives.
+    await lab.apply(one("yaml", "serviceaccounts/token").replace("name: vm-details}]", "name: nobody}]"));
+    details.putFile("/etc/vmmesh-renew/token", one("sh", "vmmesh token create"), 0o755);
+    details.putFile("/etc/vmmesh-renew/spire", one("sh", "spire-agent api fetch jwt"), 0o755);
+    details.putFile(
+      "/usr/local/bin/spire-agent",
+      `#!/bin/sh\ncat <<'END'\n[{"svids":[{"hint":"","spiffe_id":"spiffe://example.org/vm","svid":"nobody-token"}]},{"bundles":{}}]\nEND\n`,
+      0o755,
+    );
+    const config = JSON.parse(lab.kubeconfigText("nobody")) as { users: { user: unknown }[] };
+    for (const each of config.users) {
+      each.user = {
+        exec: {
+          apiVersion: "client.authentication.k8s.io/v1",
+          command: "/etc/vmmesh-renew/spire",
+          interactiveMode: "Never",
+        },
+      };
+    }
+    details.putFile("/etc/vmmesh-renew/kubeconfig", JSON.stringify(config));
+    await details.exec(
+      "install -o root -g vmmesh -m 0640 /etc/vmmesh-renew/kubeconfig /etc/vmmesh-renew/k && mv /etc/vmmesh-renew/k /etc/vmmesh-renew/kubeconfig",
+    );
+    await details.exec("vmmesh leave --now");
+    rmSync(`${details.root}/root/bundle/istio-token`, { force: true });
+
+    await details.exec("vmmesh join --bundle /root/bundle --credential-exec /etc/vmmesh-renew/token");
+    await arrivesAs(details, "http://reviews/", spiffe("details"));
+    // In the agent's own sandbox, too: without a certificate it has nothing but the program.
+    await details.exec(
+      "systemctl stop vmmesh-agent; rm -rf /var/lib/vmmesh/identity; systemctl start vmmesh-agent",
+    );
+    await arrivesAs(reviews, "http://details/", spiffe("reviews"));
+    // A field of its own where the journal's addon was built, a word of the line elsewhere.
+    expect((await details.exec("journalctl -u vmmesh-agent --no-pager -o json")).stdout).toMatch(
+      /"VMMESH_BY":"command"|by=command/,
+    );
+
+    const others = await details.exec(
+      "runuser -u vmmesh -- vmmesh token create --kubeconfig /etc/vmmesh-renew/kubeconfig --namespace default --service-account reviews",
+      { allowFail: true },
+    );
+    expect(others).toMatchObject({ code: 5, stdout: "" });
+    expect(others.stderr).toContain("KUBE_FORBIDDEN");
+    expect(others.stderr).not.toContain("nobody-token");
+    await details.exec("vmmesh leave --now");
+  });
+
   test("a one-time bundle: its Secret deleted, istiod refuses the token; a machine that has joined stays", async () => {
     reviews.putFile("/root/.kube/config", lab.kubeconfigText("admin"), 0o600);
     const create = async (): Promise<() => Promise<unknown>> => {
@@ -147,7 +203,6 @@ describe("an identity by a command, to its end and back", () => {
       expect(kubectl).toBe("kubectl");
       return () => lab.kubectl(args);
     };
-    await details.exec("vmmesh leave --now");
     await (await create())();
     const { code, stderr } = await details.exec("vmmesh join --bundle /root/once", { allowFail: true });
     expect({ code, stderr }).toMatchObject({
