@@ -19,7 +19,7 @@ import {
 } from "./read.ts";
 import { refusal, refused } from "./refusal.ts";
 import { commentsOf, type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
-import { refuseSharedRouting, undoRouting } from "./routing.ts";
+import { leftRouting, refuseSharedRouting, undoRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
 import {
   nftTables,
@@ -746,7 +746,11 @@ export async function removeCapture(
     await undo(host, here, "now");
     const after = await foreignLines(host, state.plan);
     foreignUnchanged &&= before.foreign.join("\n") === after.foreign.join("\n");
-    residue = [...after.ours, ...(await tablesThere(host, state.plan))];
+    residue = [
+      ...after.ours,
+      ...(await tablesThere(host, state.plan)),
+      ...(await leftRouting(host, state.plan)),
+    ];
     removed.push(here);
   }
   await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });

@@ -59,15 +59,46 @@ export async function missingRouting(
   return stdout.split("\n").filter((line) => line !== "");
 }
 
-/** What `ip -j -N rule` (tables as numbers) and `ip -j route` print of an entry; what we do not ask for is left out. */
+/** What is there of ours after it was taken out, as ip would list it: what somebody has made unlike our own since. */
+export async function leftRouting(
+  host: Pick<Host, "run">,
+  { families, routeTable: table }: Pick<CapturePlan, "families" | "routeTable">,
+): Promise<string[]> {
+  if (table === undefined) return [];
+  const isOurs = ({ protocol }: { readonly protocol?: string }): boolean => protocol === String(PROTOCOL);
+  const left = await Promise.all(
+    families.map(async ({ family }) => {
+      const [rules, routes] = await Promise.all([
+        list<RuleEntry>(host, family, ["-N", "rule"]),
+        list<RouteEntry>(host, family, ["-N", "route", "show", "table", String(table)]),
+      ]);
+      return [
+        ...rules
+          .filter((rule) => isOurs(rule) && rule.priority === PRIORITY && rule.table === String(table))
+          .map(
+            ({ priority, fwmark }) =>
+              `ip -${family} rule: priority ${priority} fwmark ${fwmark ?? "none"} lookup ${table}`,
+          ),
+        ...routes
+          .filter(isOurs)
+          .map(({ dst, dev }) => `ip -${family} route: ${dst} dev ${dev} table ${table}`),
+      ];
+    }),
+  );
+  return left.flat();
+}
+
+/** What `ip -j -N` (tables and protocols as numbers) prints of a rule and of a route; what we do not ask for is left out. */
 interface RuleEntry {
   readonly priority: number;
+  readonly protocol?: string;
   readonly fwmark?: string;
   readonly fwmask?: string;
   readonly table: string;
   readonly not?: null;
 }
 interface RouteEntry {
+  readonly protocol?: string;
   readonly type?: string;
   readonly dst: string;
   readonly dev?: string;

@@ -146,6 +146,19 @@ END`);
     expect(await loadConfirmed(lab.host, lab.rulesDir)).toMatchObject({ state: "in place" });
   });
 
+  test("a routing rule of ours that somebody has made anew without our mask is named, and the record stays for it", async () => {
+    const before = await routing();
+    await install();
+    await lab.insideShell(
+      "ip rule del priority 133 && ip rule add priority 133 fwmark 0x539 lookup 133 protocol 133",
+    );
+    const report = await removeCapture(lab.host, lab.rulesDir);
+    expect(report.residue).toEqual(["ip -4 rule: priority 133 fwmark 0x539 lookup 133"]);
+    await lab.insideShell("ip rule del priority 133");
+    expect(await removeCapture(lab.host, lab.rulesDir)).toMatchObject({ residue: [] });
+    expect(await routing()).toBe(before);
+  });
+
   test("back to REDIRECT takes the way back away, a trial that is taken back restores it", async () => {
     await populate();
     const before = await routing();
