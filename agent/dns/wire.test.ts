@@ -41,6 +41,28 @@ describe("readQuery", () => {
       dnssecOk: true,
     });
   });
+  test("EDNS behind other records, with their names compressed", () => {
+    const additionals = [
+      { type: "A", name: "a.b", data: "10.0.0.1" },
+      { type: "OPT", name: ".", udpPayloadSize: 4096, flags: 0, options: [] },
+    ];
+    const bytes = question("a.b", { additionals });
+    expect(read(bytes).edns).toEqual({ version: 0, udpBytes: 4096, dnssecOk: false });
+    // The first record's name as a pointer to the question's.
+    const [asked, rest] = [bytes.subarray(0, 21), bytes.subarray(21 + 5)];
+    const compressed = Buffer.concat([asked, Buffer.from([0xc0, 12]), rest]);
+    expect(read(compressed).edns).toEqual({ version: 0, udpBytes: 4096, dnssecOk: false });
+  });
+  test.for([
+    { name: "counts of 60,000 records in 38 bytes", tail: Buffer.alloc(17) },
+    { name: "a name that leads past the end", tail: Buffer.from([0x3f, 0x61]) },
+    { name: "a record that leads past the end", tail: Buffer.from("000001000100000000ffff", "hex") },
+  ])("$name is a query without EDNS", ({ tail }) => {
+    const bytes = Buffer.concat([question("a.b"), tail]);
+    bytes.writeUInt16BE(0x2904, 8);
+    bytes.writeUInt16BE(0xd000, 10);
+    expect(read(bytes).edns).toBeUndefined();
+  });
   test("a dot inside a label matches no name of ours", () => {
     const bytes = writeQuery(1, "aXb.c", 1);
     bytes[14] = 0x2e;

@@ -174,6 +174,7 @@ describe("a token before it is used", () => {
     expect(tokenExpired(readToken(jwt({ exp: seconds(0) })), now)).toBe(true);
     expect(tokenExpired(readToken(jwt({ exp: seconds(1000) })), now)).toBe(false);
     expect(tokenExpired(readToken(jwt({})), now)).toBe(false);
+    expect(readToken(jwt({ exp: 1e15 })).expiresAt, "no date can be that late").toBeUndefined();
   });
 
   test("whatever is in the file, the answer is facts or TOKEN_UNREADABLE", () => {

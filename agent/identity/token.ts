@@ -21,8 +21,11 @@ export function readToken(token: string): TokenFacts {
       iat?: unknown;
       aud?: unknown;
     };
-    const date = (seconds: unknown): Date | undefined =>
-      typeof seconds === "number" ? new Date(seconds * 1000) : undefined;
+    const date = (seconds: unknown): Date | undefined => {
+      const found = new Date(typeof seconds === "number" ? seconds * 1000 : Number.NaN);
+      // A date beyond the year 275760 can be neither compared nor printed: it says nothing.
+      return Number.isNaN(found.getTime()) ? undefined : found;
+    };
     const audiences = (Array.isArray(claims.aud) ? claims.aud : [claims.aud]).filter(
       (it) => typeof it === "string",
     );

@@ -1,6 +1,6 @@
 import { isMap, isSeq, LineCounter, parseDocument } from "yaml";
 import { VmmeshError } from "../core/errors.ts";
-import { type Fields, fieldsOf, isFields, plainOf, textOf } from "../mesh/yaml.ts";
+import { type Fields, fieldsOf, isFields, plainOf, textOf, YAML_OPTIONS } from "../mesh/yaml.ts";
 import type { Host } from "../platform/host.ts";
 
 /** How to reach and talk to one API server, with everything read from disk already. Never written anywhere. */
@@ -152,8 +152,7 @@ class Source {
 
   constructor(place: Place, text: string) {
     this.place = place;
-    // The library would print warnings by itself, with parts of the file: there are credentials in it.
-    this.#document = parseDocument(text, { lineCounter: this.#lines, logLevel: "error" });
+    this.#document = parseDocument(text, { ...YAML_OPTIONS, lineCounter: this.#lines });
     const [error] = this.#document.errors;
     if (error !== undefined) {
       throw this.malformed(

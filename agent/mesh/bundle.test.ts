@@ -117,6 +117,16 @@ describe("a malformed bundle is refused by file, line and next step:", () => {
       want: "/b/mesh.yaml: Unresolved alias",
     },
     {
+      name: "keys that are maps, in each other",
+      change: { "mesh.yaml": `a: ${"{".repeat(500)}${"}".repeat(500)}` },
+      want: "/b/mesh.yaml, line 1: With stringKeys, all keys must be strings",
+    },
+    {
+      name: "a nesting that fills the stack",
+      change: { "mesh.yaml": `a: ${"[".repeat(200)}${"]".repeat(200)}` },
+      want: "/b/mesh.yaml: it is nested deeper than 100",
+    },
+    {
       name: "aliases that multiply",
       change: { "mesh.yaml": BOMB },
       want: "/b/mesh.yaml: Excessive alias count",

@@ -83,6 +83,9 @@ class Source {
 
 function readWord(source: Source): string {
   let word = "";
+  // Beside the word: to look into a text that grows by characters costs its whole length each time.
+  let named = false;
+  let last = "";
   for (;;) {
     const char = source.peek();
     if (["", " ", "\t", "\n", ";"].includes(char)) return word;
@@ -90,18 +93,20 @@ function readWord(source: Source): string {
       const { line } = source;
       const value =
         char === "'" ? singleQuoted(source) : char === '"' ? doubleQuoted(source) : escaped(source);
-      if (value !== undefined && !word.includes("=")) {
-        throw source.malformed("the name of a variable cannot be quoted", line);
-      }
-      word += value ?? "";
+      if (value === undefined) continue;
+      if (!named) throw source.malformed("the name of a variable cannot be quoted", line);
+      word += value;
+      last = "";
     } else if (EXPANDS.has(char)) {
       throw source.malformed(`has an unquoted \`${char}\`, which a shell would expand; vmmesh never does`);
     } else if (OPERATORS.has(char)) {
       throw source.malformed(`has an unquoted \`${char}\`, which is an operator of the shell`);
-    } else if (char === "~" && /[=:]$/.test(word)) {
+    } else if (char === "~" && (last === "=" || last === ":")) {
       throw source.malformed("has an unquoted `~`, which a shell would expand; vmmesh never does");
     } else {
-      word += source.take();
+      last = source.take();
+      word += last;
+      named ||= last === "=";
     }
   }
 }

@@ -1,4 +1,4 @@
-import { isScalar, parseDocument, stringify } from "yaml";
+import { isCollection, isPair, isScalar, parseDocument, stringify } from "yaml";
 import type { ErrorCode } from "../core/errors.ts";
 import { VmmeshError } from "../core/errors.ts";
 
@@ -34,7 +34,7 @@ export function textMapOf(value: unknown): Record<string, string> {
  * @throws {VmmeshError} `code` with the line, if it is not
  */
 export function parseYamlFields(text: string, where: string, code: ErrorCode, next: string): Fields {
-  const document = parseDocument(text, { logLevel: "error" });
+  const document = parseDocument(text, YAML_OPTIONS);
   const [error] = document.errors;
   if (error !== undefined) {
     const line = error.linePos?.[0].line;
@@ -48,13 +48,37 @@ export function parseYamlFields(text: string, where: string, code: ErrorCode, ne
   return value;
 }
 
-/** The document as plain values; an error if its aliases lead nowhere, or multiply it (a few bytes could fill the memory). */
-export function plainOf(document: Pick<ReturnType<typeof parseDocument>, "toJS">): unknown {
+/**
+ * How foreign YAML is read. The library would print warnings by itself, with parts of the file; and of a key that is a
+ * list or a map it makes a text, which takes a minute where 500 of them are in each other.
+ */
+export const YAML_OPTIONS = { logLevel: "error", stringKeys: true } as const;
+
+/** Deeper than anything that Istio or kubectl writes; beyond, the stack would decide. */
+const MAX_DEPTH = 100;
+
+/**
+ * The document as plain values; an error if its aliases lead nowhere, or multiply it (a few bytes could fill the memory),
+ * or if it is nested deeper than 100.
+ */
+export function plainOf(document: Pick<ReturnType<typeof parseDocument>, "contents" | "toJS">): unknown {
+  if (isTooDeep(document.contents)) return new Error(`it is nested deeper than ${MAX_DEPTH}`);
   try {
     return document.toJS({ maxAliasCount: 100 });
   } catch (thrown) {
     return thrown instanceof Error ? thrown : new Error(String(thrown));
   }
+}
+
+function isTooDeep(contents: unknown): boolean {
+  const todo: { readonly node: unknown; readonly depth: number }[] = [{ node: contents, depth: 0 }];
+  for (let at = todo.pop(); at !== undefined; at = todo.pop()) {
+    const { node, depth } = at;
+    if (depth > MAX_DEPTH) return true;
+    if (!isCollection(node)) continue;
+    for (const item of node.items) todo.push({ node: isPair(item) ? item.value : item, depth: depth + 1 });
+  }
+  return false;
 }
 
 /** YAML as istioctl writes it: keys sorted at every depth, block style, lines never folded. */

@@ -103,6 +103,8 @@ export class LastGoodFile {
         if (header[field] !== owner[field])
           throw new Error(`its ${field} is ${header[field]}, this machine's is ${owner[field]}`);
       const [savedAt, notAfter] = [new Date(header.savedAt), new Date(header.notAfter)];
+      if (Number.isNaN(savedAt.getTime()))
+        throw new Error(`it was saved at ${header.savedAt}, which is no date`);
       // The comparison is false for a date that is none, too.
       if (!(notAfter.getTime() > host.clock.now().getTime()))
         throw new Error(`the certificate that it belongs to ended at ${header.notAfter}`);

@@ -110,7 +110,7 @@ export class Engine {
       const whole = grown(bytes);
       if ((await this.#timed(whole)) < SLOW_MS) continue;
       const [ms, quarterMs] = [await this.#busyMs(whole), await this.#busyMs(grown(bytes / 4))];
-      if (ms < SLOW_MS || ms < quarterMs * MAX_GROWTH) return;
+      if (ms < SLOW_MS || ms < quarterMs * MAX_GROWTH) continue;
       const sizes = `${bytes / 4} more bytes take ${Math.round(quarterMs)} ms, ${bytes} take ${Math.round(ms)} ms`;
       throw new Broken(whole, `time grows faster than size: ${sizes}`, true);
     }

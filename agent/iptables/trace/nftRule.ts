@@ -70,7 +70,7 @@ const FLAGS: Readonly<Record<string, number>> = {
 
 /** A constant. `text`: names of interfaces and conntrack states are never numbers. */
 function literal(json: Json, text: boolean): Value | undefined {
-  if (typeof json === "number") return span(json);
+  if (typeof json === "number") return Number.isInteger(json) ? span(json) : undefined;
   if (typeof json !== "string") return undefined;
   if (text) return json;
   const address = addressNumber(json);

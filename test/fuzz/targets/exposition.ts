@@ -18,7 +18,7 @@ function joined(first: Uint8Array, second: Uint8Array, openMetrics: boolean, cut
     .join("");
 }
 
-const ANNOUNCES = /^#[ \t]+(TYPE|HELP|UNIT)[ \t]+(\S+)/;
+const ANNOUNCES = /^#[ \t]+(TYPE|HELP|UNIT)[ \t]+([^ \t]+)/;
 
 export const target: Target = {
   about: "wherever a body is cut it comes out the same, no family is announced twice, nothing ends the whole",
