@@ -82,6 +82,24 @@ describe("the agent, told of the kernel's rules", () => {
     expect((await watch([])).requests).toEqual([0]);
   });
 
+  test("names who displaced the rules, not who wrote elsewhere at the same time", async () => {
+    const { repaired } = await watch([
+      [5000, ["insert rule ip nat POSTROUTING counter jump LIBVIRT_PRT", by("libvirtd")]],
+      [5010, ["delete rule ip nat OUTPUT handle 4", by("iptables")]],
+      [5060, PUT_RIGHT],
+    ]);
+    expect(repaired).toEqual(["iptables"]);
+  });
+
+  test("does not blame who wrote a while ago and displaced nothing", async () => {
+    const { repaired } = await watch([
+      [5000, ["insert rule ip mangle OUTPUT counter ct mark set mark", by("tailscaled")]],
+      [9000, ["delete rule ip nat OUTPUT handle 4", by("iptables")]],
+      [9050, PUT_RIGHT],
+    ]);
+    expect(repaired).toEqual(["iptables"]);
+  });
+
   test("asks at once for what somebody displaced, and counts and names who when it is put right", async () => {
     const seen = await watch([
       [5000, DISPLACED],

@@ -2,7 +2,7 @@ import { messageOf } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Conditions } from "../health/conditions.ts";
-import { monitorReader, Pace, type Writer } from "../iptables/watch.ts";
+import { monitorReader, PACE, Pace, type Writer } from "../iptables/watch.ts";
 import type { Host } from "../platform/host.ts";
 import type { Logger } from "../telemetry/log.ts";
 
@@ -19,6 +19,8 @@ export interface WatchDeps {
 const LOOK_MS = 5 * SECOND_MS;
 /** Every other name in the metric is `other`: a label must not grow with what others call their programs. */
 const MAX_NAMES = 20;
+/** What stood so long without a repair that put anything right, has moved nothing. */
+const HARMLESS_MS = SECOND_MS;
 
 /**
  * Reads what vmmesh-nftmon.service hears of the kernel and asks for a repair when somebody may have displaced our rules.
@@ -34,8 +36,8 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
   const pace = new Pace();
   const names = new Set<string>();
   let waiting = false;
-  /** The last who moved them, until we see them put right. */
-  let moved: { readonly by: Writer; readonly at: number } | undefined;
+  /** Who is most likely to have moved them, until we see them put right. */
+  let moved: { readonly by: Writer; readonly at: number; readonly weight: number } | undefined;
 
   const request = async (): Promise<void> => {
     waiting = false;
@@ -72,9 +74,12 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
       continue;
     }
     if (change.kind === "foreign") {
+      const { by, weight } = change;
+      // A repair was asked for at once, or comes within a duel's pace: it would have been heard of by now.
+      if (moved !== undefined && now - moved.at > HARMLESS_MS + (pace.slow ? PACE.slowMs : 0))
+        moved = undefined;
       // Who takes out a rule and puts one in ahead of us is known by the second.
-      if (moved === undefined || (change.by.byChain && !moved.by.byChain))
-        moved = { by: change.by, at: moved?.at ?? now };
+      if (moved === undefined || weight > moved.weight) moved = { by, at: moved?.at ?? now, weight };
       const wasSlow = pace.slow;
       await ask(now);
       log.debug(`${change.by.program} changed rules beside ours: ${change.line}`);

@@ -3,6 +3,7 @@ import { type Change, monitorReader, PACE, Pace } from "./watch.ts";
 
 /** What `nft monitor` (1.0.6) printed for the commands in the names. */
 const BY = (comm: string): string => `# new generation 3 by process 22222 (${comm})`;
+const KUBE_AHEAD = "insert rule ip nat OUTPUT  counter packets 0 bytes 0 jump KUBE-SERVICES";
 const changes = (...lines: string[]): (Change | undefined)[] => {
   const read = monitorReader();
   return lines.map(read).filter((it) => it !== undefined);
@@ -99,6 +100,35 @@ describe("what concerns us", () => {
         BY("nft"),
       ),
     ).toEqual([{ kind: "ours" }, { kind: "ours" }]);
+  });
+
+  test.for([
+    {
+      name: "a jump put ahead of ours weighs most",
+      lines: ["delete rule ip nat OUTPUT handle 4", KUBE_AHEAD, BY("iptables-restor")],
+      weight: 2,
+      program: "kube-proxy",
+    },
+    {
+      name: "a hook of ours",
+      lines: ["delete rule ip nat OUTPUT handle 4", BY("x")],
+      weight: 1,
+      program: "x",
+    },
+    {
+      name: "Podman's jump in POSTROUTING is ahead of nothing of ours, and no sign of who writes",
+      lines: ["insert rule ip nat POSTROUTING counter jump NETAVARK-HOSTPORT-MASQ", BY("iptables")],
+      weight: 0,
+      program: "iptables",
+    },
+  ])("$name", ({ lines, weight, program }) => {
+    expect(changes(...lines)).toMatchObject([{ kind: "foreign", weight, by: { program } }]);
+  });
+
+  test("of a transaction the line that displaced us is told, not the first", () => {
+    expect(
+      changes("insert rule ip nat POSTROUTING counter jump LIBVIRT_PRT", KUBE_AHEAD, BY("iptables")),
+    ).toMatchObject([{ line: KUBE_AHEAD }]);
   });
 
   test("events that the kernel dropped may have been any", () => {

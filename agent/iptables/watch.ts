@@ -5,8 +5,6 @@ import { CHAIN, HOOKS } from "./rules.ts";
 export interface Writer {
   /** Name of the program whose rules they are, if their chains tell, else of the process that wrote them. */
   readonly program: string;
-  /** The chains told: `iptables` and `nft` are everybody's. */
-  readonly byChain: boolean;
   /** Of the process that wrote; in a container's own numbers only if the agent is not in one. */
   readonly pid: number | undefined;
 }
@@ -14,7 +12,13 @@ export interface Writer {
 /** What one transaction of somebody meant for us. */
 export type Change =
   /** It may have displaced, changed or removed something of ours. `line` is the first that may. */
-  | { readonly kind: "foreign"; readonly by: Writer; readonly line: string }
+  | {
+      readonly kind: "foreign";
+      readonly by: Writer;
+      readonly line: string;
+      /** How likely it is that this displaced us: 2 a jump put ahead of ours, 1 our hooks or chains changed, 0 elsewhere. */
+      readonly weight: 0 | 1 | 2;
+    }
   /** Our own rules were put (back) in place. */
   | { readonly kind: "ours" }
   /** The kernel dropped events: anything may have happened. */
@@ -39,6 +43,7 @@ const UNREAD = new Set(["kube-proxy", "docker"]);
 export function monitorReader(): (line: string) => Change | undefined {
   let touched: string | undefined;
   let ours = false;
+  let near = false;
   let owner: string | undefined;
   return (line) => {
     if (LOST.test(line)) return { kind: "lost" };
@@ -48,6 +53,8 @@ export function monitorReader(): (line: string) => Change | undefined {
       if (event === undefined) return undefined;
       ours ||= event.ours;
       if (event.concerns) {
+        if (event.near && !near) touched = undefined;
+        near ||= event.near;
         touched ??= line.trim();
         owner ??= event.owner;
       }
@@ -62,13 +69,14 @@ export function monitorReader(): (line: string) => Change | undefined {
             kind: "foreign",
             by: {
               program: owner ?? comm,
-              byChain: owner !== undefined,
               pid: Number(pid) > 0 ? Number(pid) : undefined,
             },
             line: touched,
+            weight: owner !== undefined ? 2 : near ? 1 : 0,
           };
     touched = undefined;
     ours = false;
+    near = false;
     owner = undefined;
     return change;
   };
@@ -76,6 +84,8 @@ export function monitorReader(): (line: string) => Change | undefined {
 
 interface Event {
   readonly concerns: boolean;
+  /** It happened to a table or chain of ours, or to a hook that we jump from. */
+  readonly near: boolean;
   /** Only we write this: the jump to our chain put in at the top, or one of our tables made. */
   readonly ours: boolean;
   readonly owner: string | undefined;
@@ -87,21 +97,29 @@ function readEvent(line: string): Event | undefined {
   const [, verb = "", object = "", family = "", table = "", chain = "", rest = ""] = match;
   const removes = verb === "delete" || verb === "flush" || verb === "destroy";
   if (OUR_TABLE.test(table))
-    return { concerns: true, ours: object === "table" && !removes, owner: undefined };
+    return { concerns: true, near: true, ours: object === "table" && !removes, owner: undefined };
   if (family === "inet" || !IPTABLES_TABLES.includes(table)) return undefined;
-  if (object === "table") return { concerns: removes, ours: false, owner: undefined };
+  if (object === "table") return { concerns: removes, near: removes, ours: false, owner: undefined };
   const mine = OUR_CHAINS.includes(chain) || (HOOKS as readonly string[]).includes(chain);
-  if (object === "chain") return { concerns: removes && mine, ours: false, owner: undefined };
+  if (object === "chain")
+    return { concerns: removes && mine, near: removes && mine, ours: false, owner: undefined };
   const target = /\b(?:jump|goto) (\S+)/.exec(rest)?.[1] ?? "";
   // Whose chain is jumped to says who wrote only where the jump is put ahead: who deletes it is somebody else.
   const owner = verb === "insert" ? ownerOfChain(target) : undefined;
   if (mine)
     return {
       concerns: true,
+      near: true,
       ours: verb === "insert" && OUR_CHAINS.includes(target),
       owner,
     };
-  return { concerns: !UNREAD.has(ownerOfChain(chain) ?? ""), ours: false, owner };
+  return {
+    concerns: !UNREAD.has(ownerOfChain(chain) ?? ""),
+    near: false,
+    ours: false,
+    // What is put in elsewhere, as in POSTROUTING, is ahead of nothing of ours.
+    owner: undefined,
+  };
 }
 
 /** How often a repair may be asked for; milliseconds. */

@@ -10,6 +10,7 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
+import { fileURLToPath } from "node:url";
 import { exclusively } from "./lock.ts";
 import {
   CACHE,
@@ -24,6 +25,7 @@ import {
   KUBERNETES,
   PEER_BOOTSTRAP,
   RELEASE,
+  TAILSCALE,
   treeOf,
 } from "./parts.ts";
 import { say, sh } from "./sh.ts";
@@ -213,6 +215,17 @@ umount $TO/root/proc $TO/root
     });
   if (!existsSync(layer)) await exclusively("build", make);
   return `${layer}/upper`;
+}
+
+/** Path of a program that writes what Tailscale writes into netfilter, built if it is missing. */
+export async function tailscaleWriter(): Promise<string> {
+  const make = () =>
+    part(TAILSCALE, "Tailscale's writer of netfilter (1 minute)", async (to) => {
+      const module = fileURLToPath(new URL("./tailscale", import.meta.url));
+      await go(["build", "-trimpath", "-ldflags=-s -w", "-o", `${to}/`, "."], {}, module);
+    });
+  if (!existsSync(TAILSCALE)) await exclusively("build", make);
+  return `${TAILSCALE}/tailscale`;
 }
 
 /** Path of a stock Envoy of this version, fetched if it is missing. */

@@ -14,6 +14,8 @@ export const CRDS = `${CACHE}/crds-${ISTIO_API}.yaml`;
 export const GO = `${CACHE}/go-${GO_VERSION}`;
 /** The peer's template of an Envoy bootstrap, which its package puts beside its binary. */
 export const PEER_BOOTSTRAP = `${CACHE}/envoy-bootstrap-${ISTIO}.json`;
+/** Writes what Tailscale writes into netfilter; its version is in `tailscale/go.mod`. */
+export const TAILSCALE = `${CACHE}/tailscale-v1.98.10`;
 /** Debian's release on a machine that asks for no other. */
 export const RELEASE = "bookworm";
 /** The number changes with the list of packages in `build.ts`. */

@@ -6,6 +6,15 @@ import { createInterface } from "node:readline";
 import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
 import { Lab, type Machine, say, sleep, waitFor } from "../lab/lab.ts";
 import { packageFile } from "../vm/package.ts";
+import {
+  AFTER_WIPE,
+  KUBE,
+  KUBE_READY,
+  PACKAGES,
+  prepareWriters,
+  startWriters,
+  WRITERS,
+} from "./order/writers.ts";
 import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
 
 const NAME = "order";
@@ -20,7 +29,7 @@ const OBSERVERS = new URL("order.py", import.meta.url).pathname;
 export const proof: Proof = {
   name: NAME,
   about:
-    "kube-proxy, firewalld, Docker, ufw and persons with iptables and nft, at random, under steady requests",
+    "kube-proxy, firewalld, Docker, Podman, libvirt, Tailscale, ufw and persons with iptables and nft, at random, under steady requests",
   async run(scale) {
     const lab = await Lab.open({ istiodDefaults: false });
     await cleanNamespace(lab);
@@ -37,48 +46,6 @@ export const proof: Proof = {
   },
 };
 
-/** Somebody who writes the firewall. */
-interface Writer {
-  readonly name: string;
-  readonly does: string;
-  /** As the journal should name it. */
-  readonly is: string;
-  /** Tools that it runs: who is named so is not known, and not named wrongly. */
-  readonly by?: readonly string[];
-  /** All of nf_tables goes, guard and fence too: until they are back, the held fence refuses. */
-  readonly wipes?: true;
-}
-
-const KUBE = "/usr/local/bin/kube-proxy";
-const KUBE_READY =
-  "for i in $(seq 100); do iptables-nft -t nat -S OUTPUT | grep -q KUBE-SERVICES && break; sleep 0.1; done";
-/** firewalld 1.3 wipes iptables' tables by them; the kernel names the program that writes, not who has started it. */
-const OF_FIREWALLD = ["iptables", "iptables-restor", "ip6tables", "ip6tables-resto"];
-const WRITERS: readonly Writer[] = [
-  {
-    name: "kube-proxy, cleaned up and started",
-    does: `systemctl stop kube-proxy; ${KUBE} --cleanup; systemctl start kube-proxy; ${KUBE_READY}`,
-    is: "kube-proxy",
-  },
-  { name: "kube-proxy, restarted", does: `systemctl restart kube-proxy; ${KUBE_READY}`, is: "kube-proxy" },
-  { name: "firewalld, reloaded", does: "firewall-cmd --reload", is: "firewalld", by: OF_FIREWALLD },
-  { name: "firewalld, restarted", does: "systemctl restart firewalld", is: "firewalld", by: OF_FIREWALLD },
-  { name: "Docker, restarted", does: "systemctl restart docker", is: "docker" },
-  { name: "ufw, reloaded", does: "ufw reload", is: "ufw" },
-  { name: "iptables -t nat -F", does: "iptables -t nat -F", is: "iptables" },
-  {
-    name: "iptables -I OUTPUT 1",
-    does: "iptables -t nat -I OUTPUT 1 -p tcp -j ACCEPT",
-    is: "iptables",
-  },
-  {
-    name: "netfilter-persistent reload (what its plugin runs, replayed: its package conflicts with ufw)",
-    does: "iptables-restore /root/rules.v4",
-    is: "iptables-restor",
-  },
-  { name: "nft flush ruleset", does: "nft flush ruleset", is: "nft", wipes: true },
-  { name: "nftables.service, restarted", does: "systemctl restart nftables", is: "nft", wipes: true },
-];
 interface Said {
   readonly at: number;
   readonly what: string;
@@ -111,7 +78,7 @@ const inMachine = (machine: Machine, ...argv: string[]): string[] => [
 async function prepare(lab: Lab): Promise<{ machine: Machine; address: string }> {
   const machine = await lab.vm(VM, {
     deb: packageFile(),
-    packages: ["firewalld", "ufw", "docker.io", "podman"],
+    packages: PACKAGES,
   });
   await defineWorkload(lab, VM, 9080);
   await lab.apply(`
@@ -142,29 +109,28 @@ endpoints: [{addresses: ["${lab.address}"], conditions: {ready: true}}]
     "/etc/systemd/system/kube-proxy.service",
     `[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=MODE=iptables\nEnvironmentFile=-/run/kube-proxy.mode\nExecStart=${KUBE} --kubeconfig=/etc/kube-proxy.conf --proxy-mode=\${MODE} --cluster-cidr=10.244.0.0/16 --conntrack-max-per-core=0 --hostname-override=${VM}\n`,
   );
-  // firewalld drops new connections of its own accord while it reloads; what is lost here would not be ours.
-  await machine.exec(
-    "sed -i 's/^#\\?ReloadPolicy=.*/ReloadPolicy=INPUT:ACCEPT,FORWARD:ACCEPT,OUTPUT:ACCEPT/' /etc/firewalld/firewalld.conf; grep -q '^ReloadPolicy' /etc/firewalld/firewalld.conf || echo 'ReloadPolicy=INPUT:ACCEPT,FORWARD:ACCEPT,OUTPUT:ACCEPT' >> /etc/firewalld/firewalld.conf; sed -i 's/^StartLimit.*//' /lib/systemd/system/docker.service; mkdir -p /etc/systemd/system/docker.service.d /etc/systemd/system/docker.socket.d; printf '[Unit]\\nStartLimitIntervalSec=0\\n' | tee /etc/systemd/system/docker.service.d/lab.conf > /etc/systemd/system/docker.socket.d/lab.conf; printf '*nat\\n:PREROUTING ACCEPT\\n:INPUT ACCEPT\\n:OUTPUT ACCEPT\\n:POSTROUTING ACCEPT\\n-A POSTROUTING -s 10.77.0.0/16 -j MASQUERADE\\nCOMMIT\\n' > /root/rules.v4; systemctl daemon-reload",
-  );
+  await prepareWriters(machine);
   await machine.exec("vmmesh join --bundle /root/bundle --mesh-cidr 10.96.0.0/16");
-  await machine.exec(
-    "systemctl start firewalld docker kube-proxy; ufw --force enable; ufw default allow incoming",
-  );
+  await startWriters(machine);
   return { machine, address };
 }
 
-const jumpFirst = (machine: Machine): Promise<true> =>
-  waitFor(
+/** @throws {Error} with what stands there, after a minute */
+async function jumpFirst(machine: Machine): Promise<void> {
+  let rules = "";
+  await waitFor(
     "the jump to be first",
-    async () =>
-      /^-P OUTPUT ACCEPT\n-A OUTPUT .*-j ISTIO_OUTPUT\n/.test(
-        `${(await machine.exec("iptables-nft -t nat -S OUTPUT")).stdout}\n`,
-      )
-        ? true
-        : undefined,
+    async () => {
+      rules = (await machine.exec("iptables-nft -t nat -S OUTPUT")).stdout;
+      return /^-P OUTPUT ACCEPT\n-A OUTPUT .*-j ISTIO_OUTPUT\n/.test(`${rules}\n`) ? true : undefined;
+    },
     60_000,
     20,
-  );
+  ).catch(async (thrown: unknown) => {
+    say(`${rules}\n${await diary(machine, Date.now() - 75_000, [])}`);
+    throw thrown;
+  });
+}
 
 async function measure(lab: Lab, scale: Scale, ends: (() => Promise<void>)[]): Promise<ProofRow[]> {
   const { machine, address } = await prepare(lab);
@@ -197,7 +163,7 @@ S(("0.0.0.0", 9081), A).serve_forever()`;
 
   const restarts = await atRandom(machine, scale, jump, calls);
   const modes = await otherModes(machine, address, scale === "full" ? 10 : 2, calls);
-  const kept = await foreignKept(machine);
+  const kept = await foreignKept(machine, scale);
   return [...restarts, ...modes, ...kept];
 }
 
@@ -208,6 +174,15 @@ const percent = (part: number, of: number): number => (of === 0 ? 0 : (100 * par
 const at = (share: number, values: readonly number[]): number =>
   [...values].sort((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? 0;
 
+/** What the machine wrote down meanwhile, for who looks into a request that was lost. */
+async function diary(machine: Machine, from: number, gone: readonly Said[]): Promise<string> {
+  const { stdout } = await machine.exec(
+    `journalctl -o short-precise --no-pager --since=@${(from / 1000).toFixed(3)} | cut -c1-300; nft list table inet vmmesh-fence | grep -B1 packets | head -60`,
+    { allowFail: true },
+  );
+  return `${gone.map(({ at: when, what }) => `${new Date(when).toISOString()} ${what}`).join("\n")}\n${stdout}`;
+}
+
 /** Every writer once in turn, then at random: a quick run sees each, a full one each about ten times. */
 async function atRandom(
   machine: Machine,
@@ -215,16 +190,15 @@ async function atRandom(
   jump: readonly Said[],
   calls: readonly Said[],
 ): Promise<ProofRow[]> {
-  const count = scale === "full" ? 100 : 14;
+  const count = scale === "full" ? 100 : WRITERS.length;
   const repairs: number[] = [];
   const named = { right: 0, wrong: 0, unknown: 0 };
-  const wipes = { all: 0, right: 0 };
+  const wipes = { all: 0, right: 0, wrong: 0 };
   const after: Said[] = [];
   const away: Said[] = [];
   let lostStanding = 0;
   let refusedWiped = 0;
   let displaced = 0;
-  let wiped = false;
   for (let round = 0; round < count; round += 1) {
     const writer = WRITERS[round < WRITERS.length ? round : Math.floor(Math.random() * WRITERS.length)];
     if (writer === undefined) throw new Error("there is no writer");
@@ -245,10 +219,8 @@ async function atRandom(
     after.push(...between(calls, settled, to));
     away.push(...seen);
     const gone = seen.filter(lost).length;
-    // What a wipe has taken from others, too, comes back while the next round already runs.
-    if (writer.wipes || wiped) refusedWiped += gone;
+    if (writer.wipes) refusedWiped += gone;
     else lostStanding += gone;
-    wiped = writer.wipes === true;
     const { stdout } = await machine.exec(
       `journalctl -u vmmesh-agent -o cat --no-pager --since=@${(from / 1000).toFixed(3)} | grep -o '.* had moved our rules'`,
       { allowFail: true },
@@ -263,6 +235,7 @@ async function atRandom(
     if (writer.wipes) {
       wipes.all += 1;
       if (names.includes(writer.is)) wipes.right += 1;
+      else if (names.length > 0) wipes.wrong += 1;
     }
     for (const name of times.length > 0 && !writer.wipes ? names : []) {
       if (name === writer.is || (kube && name === "kube-proxy")) named.right += 1;
@@ -273,6 +246,12 @@ async function atRandom(
     say(
       `${writer.name}: ${times.map((ms) => `${ms} ms`).join(", ") || "not displaced"}; by ${names.join(", ") || "nobody"}; ${gone} of ${seen.length} lost ${[...new Set(seen.filter(lost).map(({ what }) => what))].join(" ")}`,
     );
+    if (gone > 0 && !writer.wipes) say(await diary(machine, from, seen.filter(lost)));
+    if (writer.wipes) {
+      await machine.exec(AFTER_WIPE);
+      await sleep(1500);
+      await jumpFirst(machine);
+    }
   }
   const told = named.right + named.wrong;
   return [
@@ -294,7 +273,7 @@ async function atRandom(
     ),
     row(
       NAME,
-      `requests lost during displacement and repair while the guard stood (firewalld's own ReloadPolicy drop set to ACCEPT), of ${away.length}`,
+      `requests lost during displacement and repair while the guard stood, of ${away.length}`,
       lostStanding,
       "requests",
       // Next to nothing on a machine that is busy with other work.
@@ -318,7 +297,7 @@ async function atRandom(
     row(NAME, "who moved it is named right, of those named", percent(named.right, told), "%", ">= 95"),
     row(
       NAME,
-      "nobody, or only a tool that firewalld runs, is named, of all displacements",
+      "nobody, or only a tool that firewalld or another runs, is named, of all displacements",
       percent(named.unknown, told + named.unknown),
       "%",
     ),
@@ -418,10 +397,12 @@ async function writtenRules(machine: Machine): Promise<string> {
 }
 
 /** Each writer once with no repair of ours, which then comes by hand: what others wrote is what it was. */
-async function foreignKept(machine: Machine): Promise<ProofRow[]> {
+async function foreignKept(machine: Machine, scale: Scale): Promise<ProofRow[]> {
   await machine.exec(`rm -f /run/kube-proxy.mode; systemctl start kube-proxy; ${KUBE_READY}`);
+  // Each waits until everybody else has stopped writing: a quick run asks a few, who prepend, reload and wipe.
+  const asked = scale === "full" ? WRITERS : WRITERS.filter(({ kept }) => kept);
   let same = 0;
-  for (const writer of WRITERS) {
+  for (const writer of asked) {
     await machine.exec(
       "systemctl stop vmmesh-rules.path vmmesh-rules.timer vmmesh-nftmon.service vmmesh-order vmmesh-rules",
     );
@@ -430,8 +411,9 @@ async function foreignKept(machine: Machine): Promise<ProofRow[]> {
     const before = await writtenRules(machine);
     await machine.exec("systemctl start vmmesh-order; systemctl start vmmesh-rules");
     await jumpFirst(machine);
-    if (before === (await foreign(machine))) same += 1;
-    else say(`${writer.name}: others' rules are not what they were`);
+    const kept = before === (await foreign(machine));
+    if (kept) same += 1;
+    say(`${writer.name}: others' rules are ${kept ? "" : "not "}what they were`);
     await machine.exec("systemctl start vmmesh-rules.path vmmesh-rules.timer");
     // nft 1.0.6's monitor may crash at its start while others still write; its unit tries again.
     await machine.exec("systemctl start vmmesh-nftmon.service", { allowFail: true });
@@ -444,8 +426,8 @@ async function foreignKept(machine: Machine): Promise<ProofRow[]> {
   return [
     row(
       NAME,
-      "foreign rules with our repair as without it (hash), of all writers",
-      percent(same, WRITERS.length),
+      `foreign rules with our repair as without it (hash), of ${asked.length} writers`,
+      percent(same, asked.length),
       "%",
       "= 100",
     ),
