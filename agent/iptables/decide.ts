@@ -1,7 +1,7 @@
 import { coversCidr, parseCidr } from "../core/net.ts";
 import { fitsInterface } from "./plan/wish.ts";
 import type { FamilyPlan } from "./plan.ts";
-import { type Family, hostCidr, type Match, type Rule } from "./rules.ts";
+import { type Family, hostCidr, type Match, type Rule, type UnitList } from "./rules.ts";
 
 /** The first segment of a TCP connection, as one of the plan's own hooks meets it. */
 export interface Opening {
@@ -14,6 +14,10 @@ export interface Opening {
   readonly interface: string;
   /** undefined: the kernel's own socket (a network file system's), which no owner match fits. */
   readonly uid: number | undefined;
+  /** Of the process that made it; undefined: not known, or the kernel. */
+  readonly gid: number | undefined;
+  /** In which lists of chosen units, at which depth, the unit stands that made it. */
+  readonly units: readonly { readonly list: UnitList; readonly level: number }[];
   /** The destination is an address of this machine. */
   readonly toThisMachine: boolean;
 }
@@ -95,12 +99,13 @@ function fits(match: Match, opening: Opening): boolean {
       return opening.toThisMachine;
     case "family":
       return match.family === opening.family;
+    case "ownerGroup":
+      return opening.gid === match.gid;
+    case "unit":
+      return opening.units.some(({ list, level }) => list === match.list && level === match.level);
     case "opening":
     case "leased":
       return true;
-    // /proc/net tells a socket's user, not its group or unit.
-    case "unit":
-    case "ownerGroup":
     case "accepted":
     case "invalid":
     case "marked":

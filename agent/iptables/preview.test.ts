@@ -62,6 +62,37 @@ describe("what the rules would do to what lives on the machine", () => {
     ]);
   });
 
+  test("who is left out by group or by unit is in no line, whoever else calls the same place", () => {
+    const [, one, two, database] = LIVE.flows;
+    if (one === undefined || two === undefined || database === undefined) throw new Error("no flows");
+    const live = {
+      ...LIVE,
+      mounts: [],
+      flows: [
+        { ...one, gid: 50 },
+        { ...two, gid: 51, cgroup: "system.slice/app.service" },
+        { ...database, cgroup: "system.slice/app.service/worker" },
+      ],
+    };
+    const outbound = (senders: CaptureWish["senders"]) =>
+      preview(
+        planCapture({ ...WISH, ...(senders === undefined ? {} : { senders }) }, MACHINE),
+        live,
+      ).effects.map(({ what }) => what);
+    const nobody = { uids: [], gids: [] };
+    const app = { unit: "app.service", path: "system.slice/app.service" };
+    const [mesh, other] = [
+      "10.96.0.10:443, called by app (uid 1000)",
+      "203.0.113.7:5432, called by app (uid 1000)",
+    ];
+    const both = `${mesh}, 2 connections`;
+    expect(outbound(undefined)).toEqual([both, other]);
+    expect(outbound({ only: nobody, never: { uids: [], gids: [50] } })).toEqual([mesh, other]);
+    expect(outbound({ only: nobody, never: { ...nobody, units: [app] } })).toEqual([mesh]);
+    expect(outbound({ only: { ...nobody, units: [app] }, never: nobody })).toEqual([mesh, other]);
+    expect(outbound({ only: { uids: [], gids: [51] }, never: nobody })).toEqual([mesh]);
+  });
+
   test("what fails closed and what goes direct without Envoy is told apart", () => {
     const [mesh, other] = preview(PLAN, LIVE).effects;
     expect(mesh?.why).toContain("are refused");

@@ -3,6 +3,7 @@ import { PORTS } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
 import { decide } from "./decide.ts";
 import { type ListeningSocket, parseListeners } from "./parse.ts";
+import { levelOf } from "./plan/senders.ts";
 import type { CapturePlan } from "./plan.ts";
 import { tryRun } from "./read.ts";
 import { OWN_PORTS } from "./rules.ts";
@@ -15,6 +16,11 @@ export interface Flow {
   readonly uid: number | undefined;
   /** Empty for the kernel's, and for those that only root may see. */
   readonly process: string;
+  readonly pid: number | undefined;
+  /** By which netfilter knows the process's group: its file system gid. undefined: not known. */
+  readonly gid: number | undefined;
+  /** Path below the root of the cgroups, without the first slash; empty where the kernel does not tell. */
+  readonly cgroup: string;
 }
 
 export interface NetworkMount {
@@ -92,10 +98,12 @@ export async function readLive(host: Pick<Host, "run" | "files" | "net">): Promi
     tryRun(host, { argv: ["ss", "-tnpeH", "state", "established"] }),
     tryRun(host, { argv: ["ss", "-ltnpH"] }),
   ]);
+  const found = parseFlows(flows?.stdout ?? "");
+  const gids = await groupsOf(host.files, found);
   const mounts = (await host.files.readText("/proc/self/mounts")) ?? "";
   const interfaces = host.net.addresses();
   return {
-    flows: parseFlows(flows?.stdout ?? ""),
+    flows: found.map((flow) => ({ ...flow, gid: flow.pid === undefined ? undefined : gids.get(flow.pid) })),
     listeners: parseListeners(listeners?.stdout ?? ""),
     mounts: parseNetworkMounts(mounts),
     bridges: [...new Set(interfaces.map((it) => it.interface))].filter((name) => LOCAL_FORWARDERS.test(name)),
@@ -103,7 +111,27 @@ export async function readLive(host: Pick<Host, "run" | "files" | "net">): Promi
   };
 }
 
-/** @see ss(8) with -tnpe and a state given: queues, local, peer, users, then `uid:` (left out for root), `ino:` (0: no process) */
+/** @see proc(5), status: `Gid:` real, effective, saved, file system */
+async function groupsOf(
+  files: Pick<Host["files"], "readText">,
+  flows: readonly Flow[],
+): Promise<Map<number, number>> {
+  const pids = [...new Set(flows.flatMap(({ pid }) => pid ?? []))];
+  const groups = await Promise.all(
+    pids.map(async (pid) => {
+      // It may have ended since ss saw it.
+      const text = await files.readText(`/proc/${pid}/status`).catch(() => undefined);
+      const gid = /^Gid:(?:\s+\d+){3}\s+(\d+)$/m.exec(text ?? "")?.[1];
+      return gid === undefined ? [] : [[pid, Number(gid)] as const];
+    }),
+  );
+  return new Map(groups.flat());
+}
+
+/**
+ * @see ss(8) with -tnpe and a state given: queues, local, peer, users, then `uid:` (left out for root), `ino:` (0: no
+ * process), `cgroup:` (of the v2 hierarchy; `unreachable:` with a number where it is gone)
+ */
 export function parseFlows(text: string): Flow[] {
   return text.split("\n").flatMap((line) => {
     const match = /^\s*\d+\s+\d+\s+(\S+):(\d+)\s+(\S+):(\d+)(\s.*)?$/.exec(line);
@@ -117,10 +145,16 @@ export function parseFlows(text: string): Flow[] {
         remote: end(match[3], match[4]),
         uid: kernel ? undefined : Number(/\suid:(\d+)/.exec(rest)?.[1] ?? 0),
         process: /\("([^"]+)",pid=/.exec(rest)?.[1] ?? "",
+        pid: optionalNumber(/",pid=(\d+)/.exec(rest)?.[1]),
+        gid: undefined,
+        cgroup: /\scgroup:\/(\S+)/.exec(rest)?.[1] ?? "",
       },
     ];
   });
 }
+
+const optionalNumber = (text: string | undefined): number | undefined =>
+  text === undefined ? undefined : Number(text);
 
 /** `[::ffff:10.0.0.1]` → `10.0.0.1`: a connection over IPv4 to a server that listens for both. */
 function plain(address: string): string {
@@ -152,7 +186,11 @@ export function preview(plan: CapturePlan, live: LiveMachine): Preview {
     flows: live.flows.length,
     effects: [
       ...taken(live),
-      ...grouped(live.flows.filter((flow) => !inbound(flow))).flatMap((group) => outbound(plan, live, group)),
+      ...captured(
+        plan,
+        live,
+        live.flows.filter((flow) => !inbound(flow)),
+      ).map(outbound),
       ...live.mounts.flatMap((mount) => mounted(plan, live, mount)),
       ...servers(plan, live, live.flows.filter(inbound)),
     ],
@@ -185,23 +223,25 @@ const OURS: ReadonlySet<string> = new Set(["envoy", "vmmesh", "vmmesh-agent", "n
 
 interface Group {
   readonly flow: Flow;
+  /** They go direct while Envoy does not answer. */
+  readonly open: boolean;
   readonly count: number;
 }
 
-/** Connections of the same program to the same place are one line. */
-function grouped(flows: readonly Flow[]): Group[] {
+/** The connections that the plan would take; those of the same program to the same place are one line. */
+function captured(plan: CapturePlan, live: LiveMachine, flows: readonly Flow[]): Group[] {
   const groups = new Map<string, Group>();
   for (const flow of flows) {
+    const decision = decideOutbound(plan, live, flow);
+    if (decision?.port === undefined) continue;
     const key = `${flow.remote.address} ${flow.remote.port} ${flow.uid} ${flow.process}`;
-    groups.set(key, { flow, count: (groups.get(key)?.count ?? 0) + 1 });
+    groups.set(key, { flow, open: decision.open, count: (groups.get(key)?.count ?? 0) + 1 });
   }
   return [...groups.values()];
 }
 
-function outbound(plan: CapturePlan, live: LiveMachine, { flow, count }: Group): Effect[] {
+function outbound({ flow, open, count }: Group): Effect {
   const { remote, process, uid } = flow;
-  const decision = decideOutbound(plan, live, flow);
-  if (decision?.port === undefined) return [];
   const fragile = FRAGILE[remote.port];
   const manages = MANAGES[process];
   const who = uid === undefined ? "the kernel" : process === "" ? `uid ${uid}` : `${process} (uid ${uid})`;
@@ -209,16 +249,14 @@ function outbound(plan: CapturePlan, live: LiveMachine, { flow, count }: Group):
     fragile ??
     (manages === undefined ? undefined : `${manages} must not depend on the mesh`) ??
     (uid === undefined ? "the kernel's own connection: it hangs when a proxy restarts" : undefined);
-  return [
-    {
-      severity: why === undefined ? "changes" : "breaks",
-      what: `${at(remote)}, called by ${who}${count > 1 ? `, ${count} connections` : ""}`,
-      why:
-        why ??
-        `new connections go through Envoy; while it does not answer they ${decision.open ? "go direct" : "are refused"}`,
-      exclude: `--exclude-outbound-cidr ${remote.address}/${remote.address.includes(":") ? 128 : 32}`,
-    },
-  ];
+  return {
+    severity: why === undefined ? "changes" : "breaks",
+    what: `${at(remote)}, called by ${who}${count > 1 ? `, ${count} connections` : ""}`,
+    why:
+      why ??
+      `new connections go through Envoy; while it does not answer they ${open ? "go direct" : "are refused"}`,
+    exclude: `--exclude-outbound-cidr ${remote.address}/${remote.address.includes(":") ? 128 : 32}`,
+  };
 }
 
 function decideOutbound(plan: CapturePlan, live: LiveMachine, flow: Flow) {
@@ -235,6 +273,10 @@ function decideOutbound(plan: CapturePlan, live: LiveMachine, flow: Flow) {
     toPort: remote.port,
     interface: live.addresses.includes(remote.address) ? "lo" : "another",
     uid: flow.uid,
+    gid: flow.gid,
+    units: (plan.units ?? [])
+      .filter(({ path }) => `${flow.cgroup}/`.startsWith(`${path}/`))
+      .map((unit) => ({ list: unit.list, level: levelOf(unit) })),
     toThisMachine: false,
   });
 }
@@ -249,6 +291,9 @@ function mounted(plan: CapturePlan, live: LiveMachine, { server, type, target }:
     remote: { address: server, port: type.startsWith("nfs") ? 2049 : 445 },
     uid: undefined,
     process: "",
+    pid: undefined,
+    gid: undefined,
+    cgroup: "",
   };
   if (decideOutbound(plan, live, flow)?.port === undefined) return [];
   return [
@@ -263,7 +308,7 @@ function mounted(plan: CapturePlan, live: LiveMachine, { server, type, target }:
 
 /** Declared ports: who calls them now, and who really answers there. */
 function servers(plan: CapturePlan, live: LiveMachine, flows: readonly Flow[]): Effect[] {
-  const captured = (port: number): boolean => {
+  const takes = (port: number): boolean => {
     const [rules] = plan.families;
     return (
       rules !== undefined &&
@@ -276,17 +321,19 @@ function servers(plan: CapturePlan, live: LiveMachine, flows: readonly Flow[]): 
         toPort: port,
         interface: "another",
         uid: undefined,
+        gid: undefined,
+        units: [],
         toThisMachine: true,
       }).port !== undefined
     );
   };
   const called = new Map<number, Set<string>>();
   for (const { local, remote } of flows) {
-    if (live.addresses.includes(remote.address) || !captured(local.port)) continue;
+    if (live.addresses.includes(remote.address) || !takes(local.port)) continue;
     called.set(local.port, (called.get(local.port) ?? new Set()).add(remote.address));
   }
   const published = live.listeners.filter(
-    ({ port, processes }) => processes.some(({ name }) => name === "docker-proxy") && captured(port),
+    ({ port, processes }) => processes.some(({ name }) => name === "docker-proxy") && takes(port),
   );
   return [
     ...[...called].map(
