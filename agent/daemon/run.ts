@@ -267,7 +267,12 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     own: ["127.0.0.1", "::1"].map((address) => ({ address, port: PORTS.dns })),
     onAttempt: ({ server, ok, durationMs }) => {
       metrics.dnsUpstreamHealthy.set({ server }, ok ? 1 : 0);
+      metrics.dnsUpstreamAttempts.inc({ server, result: ok ? "answered" : "failed" });
       metrics.dnsUpstreamDuration.observe(durationMs / SECOND_MS);
+    },
+    onGone: (server) => {
+      metrics.dnsUpstreamHealthy.remove({ server });
+      for (const result of ["answered", "failed"]) metrics.dnsUpstreamAttempts.remove({ server, result });
     },
   });
 

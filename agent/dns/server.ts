@@ -135,6 +135,8 @@ class Desk {
     if (query === "malformed") return done("malformed", writeError(bytes, RCODE.FORMERR));
     if (query === "no-question") return done("malformed", writeError(bytes, RCODE.SERVFAIL));
     if (query !== "foreign") {
+      if (this.#deps.upstreams.isLoopCheck(query.question.name))
+        return done("refused", writeError(bytes, RCODE.REFUSED));
       const known = answer(this.#deps.table.value, query.question, this.#deps.upstreams.search);
       if (known !== "forward") {
         if (query.edns !== undefined && query.edns.version > 0) return done("local", writeBadVersion(query));

@@ -3,14 +3,20 @@ import { messageOf } from "../core/errors.ts";
 import { ipFamily, ipv4Bytes, ipv6Bytes } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
-import { Deframer, frame, idOf, isReplyTo, withId } from "./wire.ts";
+import { TYPE } from "./answer.ts";
+import { LoopWatch } from "./loop.ts";
+import { Deframer, frame, idOf, isReplyTo, RCODE, rcodeOf, withId, writeQuery } from "./wire.ts";
 
 /** How long one server may take; the resolver library of the machine waits as long (resolv.conf(5), `timeout`). */
 const ATTEMPT_MS = 5 * SECOND_MS;
 /** A server that is silent for so long is not given up, but the next one is asked beside it. */
 const HEDGE_MS = 1.5 * SECOND_MS;
-/** A server that failed is asked last for so long. */
-const SUSPECT_MS = 30 * SECOND_MS;
+/** A server that failed is asked last until it answers; so often a question goes to it, too, while another answers it. */
+const PROBE_MS = 10 * SECOND_MS;
+/** A loop can come with a changed configuration of the local resolver, of which nobody tells us. */
+const LOOP_CHECK_MS = 60 * SECOND_MS;
+/** Replies after which the resolver library asks the next server. */
+const REFUSALS: readonly number[] = [RCODE.SERVFAIL, RCODE.NOTIMP, RCODE.REFUSED];
 /** How old our reading of resolv.conf may be. A read costs about 0.1 ms; watching would miss a symlink's target. */
 const REREAD_MS = SECOND_MS;
 
@@ -24,6 +30,11 @@ export interface ResolvConf {
  * resolver library asks the local one, and so do we.
  */
 export function parseResolvConf(text: string): ResolvConf {
+  const { servers, search } = readLines(text);
+  return { servers: servers.length === 0 ? ["127.0.0.1"] : servers, search };
+}
+
+function readLines(text: string): ResolvConf {
   const servers: string[] = [];
   let search: string[] = [];
   for (const line of text.split("\n")) {
@@ -38,7 +49,7 @@ export function parseResolvConf(text: string): ResolvConf {
       search = values.map((domain) => domain.replace(/\.$/, "")).filter((domain) => domain !== "");
     }
   }
-  return { servers: servers.length === 0 ? ["127.0.0.1"] : servers, search };
+  return { servers, search };
 }
 
 function withoutZone(address: string): string {
@@ -72,11 +83,14 @@ export interface UpstreamDeps {
     readonly ok: boolean;
     readonly durationMs: number;
   }) => void;
+  /** resolv.conf names this server no more. */
+  readonly onGone?: (server: string) => void;
 }
 
 /**
- * The machine's own resolvers. Asked in the order of resolv.conf, those that failed lately last; a silent server is
- * hedged by the next after 1.5 s, so that its death costs one short wait and no lookup. UDP stays UDP and TCP stays TCP;
+ * The machine's own resolvers. Asked in the order of resolv.conf, those that failed last; a silent server is
+ * hedged by the next after 1.5 s, so that its death costs one short wait and no lookup. Whether it answers again is
+ * found out beside a question that another answers. A reply that refuses counts only if nobody has a better one. UDP stays UDP and TCP stays TCP;
  * replies are returned untouched but for the id. Source port (the kernel's choice, one socket per query) and id are
  * fresh each time, and only a reply from the asked address and port with that id and question counts (RFC 5452).
  */
@@ -86,6 +100,8 @@ export class Upstreams {
   #conf: ResolvConf = parseResolvConf("");
   #text: string | undefined;
   #readAtMs = Number.NEGATIVE_INFINITY;
+  readonly #loops = new LoopWatch();
+  #loopsCheckedMs = Number.NEGATIVE_INFINITY;
 
   constructor(deps: UpstreamDeps) {
     this.#deps = deps;
@@ -98,6 +114,8 @@ export class Upstreams {
 
   health(): UpstreamHealth[] {
     return this.#conf.servers.map((address) => {
+      if (this.#loops.loops(address))
+        return { address, healthy: false, lastError: "a loop: what it is asked comes back to vmmesh" };
       const suspect = this.#suspects.get(address);
       return suspect === undefined
         ? { address, healthy: true }
@@ -105,7 +123,15 @@ export class Upstreams {
     });
   }
 
-  /** Reads resolv.conf if our reading is older than a second; an unreadable or empty one changes nothing. */
+  /** Whether a question that arrived here is one by which loops are found. */
+  isLoopCheck(name: string): boolean {
+    return this.#loops.arrived(name);
+  }
+
+  /**
+   * Reads resolv.conf if our reading is older than a second. An unreadable or empty one changes nothing, one without a
+   * server (a DHCP client writes it so when the lease has ended) only the search domains.
+   */
   async refresh(): Promise<void> {
     const now = this.#deps.host.clock.monotonicMs();
     if (now - this.#readAtMs < REREAD_MS) return;
@@ -113,10 +139,14 @@ export class Upstreams {
     const text = await this.#deps.host.files.readText(this.#deps.resolvConf).catch(() => undefined);
     if (text === undefined || text === this.#text || text.trim() === "") return;
     this.#text = text;
-    this.#conf = parseResolvConf(text);
-    for (const server of this.#suspects.keys()) {
-      if (!this.#conf.servers.includes(server)) this.#suspects.delete(server);
+    const known = this.#conf.servers;
+    const { servers, search } = readLines(text);
+    this.#conf = { servers: servers.length === 0 ? known : servers, search };
+    for (const server of known.filter((it) => !this.#conf.servers.includes(it))) {
+      this.#suspects.delete(server);
+      this.#deps.onGone?.(server);
     }
+    this.#loopsCheckedMs = Number.NEGATIVE_INFINITY;
   }
 
   /**
@@ -125,13 +155,24 @@ export class Upstreams {
    */
   async forward(query: Uint8Array, protocol: "udp" | "tcp", signal: AbortSignal): Promise<Uint8Array> {
     await this.refresh();
+    const servers = this.#inOrder();
+    this.#lookBeside(servers, query, protocol, signal);
     const scope = new AbortController();
     const stop = (): void => scope.abort(signal.reason);
     signal.addEventListener("abort", stop, { once: true });
     try {
       const attempts: Promise<Uint8Array>[] = [];
-      for (const server of this.#inOrder()) {
-        attempts.push(this.#attempt(server, query, protocol, scope.signal));
+      let refusal: Uint8Array | undefined;
+      const ask = async (server: string): Promise<Uint8Array> => {
+        const reply = await this.#attempt(server, query, protocol, scope.signal);
+        if (!REFUSALS.includes(rcodeOf(reply))) return reply;
+        refusal ??= reply;
+        throw new Error(`${server}: refused`);
+      };
+      for (const server of servers) {
+        // A refusal is an answer: nobody waits for the dead to say better.
+        if (refusal !== undefined && this.#suspects.has(server)) break;
+        attempts.push(ask(server));
         const reply = await Promise.race([
           Promise.any(attempts).catch(() => undefined),
           this.#deps.host.clock.sleep(HEDGE_MS, scope.signal).catch(() => undefined),
@@ -139,7 +180,7 @@ export class Upstreams {
         if (reply !== undefined) return reply;
         signal.throwIfAborted();
       }
-      return await Promise.any(attempts);
+      return refusal ?? (await Promise.any(attempts));
     } finally {
       signal.removeEventListener("abort", stop);
       scope.abort();
@@ -147,16 +188,42 @@ export class Upstreams {
   }
 
   #inOrder(): string[] {
-    const now = this.#deps.host.clock.monotonicMs();
-    const suspect = (server: string): boolean => {
-      const at = this.#suspects.get(server)?.atMs;
-      return at !== undefined && now - at < SUSPECT_MS;
-    };
     const port = this.#deps.port ?? 53;
     const servers = this.#conf.servers.filter(
-      (server) => !this.#deps.own.some((own) => own.port === port && sameAddress(own.address, server)),
+      (server) =>
+        !this.#loops.loops(server) &&
+        !this.#deps.own.some((own) => own.port === port && sameAddress(own.address, server)),
     );
-    return [...servers.filter((server) => !suspect(server)), ...servers.filter((server) => suspect(server))];
+    const suspect = (server: string): boolean => this.#suspects.has(server);
+    return [...servers.filter((server) => !suspect(server)), ...servers.filter(suspect)];
+  }
+
+  /** What is found out by the way: whether the silent speak again, and whether anybody is a loop. */
+  #lookBeside(
+    servers: readonly string[],
+    query: Uint8Array,
+    protocol: "udp" | "tcp",
+    signal: AbortSignal,
+  ): void {
+    const now = this.#deps.host.clock.monotonicMs();
+    // Where all are silent they are asked in turn anyway.
+    const others = servers.some((server) => !this.#suspects.has(server));
+    for (const [server, suspect] of others ? this.#suspects : []) {
+      if (now - suspect.atMs < PROBE_MS) continue;
+      suspect.atMs = now;
+      void this.#attempt(server, query, protocol, signal).catch(() => undefined);
+    }
+    if (now - this.#loopsCheckedMs < LOOP_CHECK_MS) return;
+    this.#loopsCheckedMs = now;
+    for (const server of this.#conf.servers) void this.#checkLoop(server, signal);
+  }
+
+  async #checkLoop(server: string, signal: AbortSignal): Promise<void> {
+    const { random } = this.#deps.host;
+    const name = this.#loops.nameFor(server, Buffer.from(random(8)).toString("hex"));
+    const question = writeQuery(idOf(random(2)), name, TYPE.A, "recursion");
+    await this.#askUdp(server, question, signal).catch(() => undefined);
+    this.#loops.settle(name);
   }
 
   async #attempt(
@@ -176,8 +243,8 @@ export class Upstreams {
       return withId(reply, idOf(query));
     } catch (thrown) {
       const durationMs = clock.monotonicMs() - startedMs;
-      // Overtaken at once by another server is no fault; silence until the hedge is one.
-      if (!signal.aborted || durationMs >= HEDGE_MS) {
+      // Overtaken soon by another server is no fault; silence until the hedge is one, and timers may fire a little early.
+      if (!signal.aborted || durationMs >= HEDGE_MS / 2) {
         const error = signal.aborted ? `silent for ${Math.round(durationMs)} ms` : messageOf(thrown);
         this.#suspects.set(server, { atMs: clock.monotonicMs(), error });
         this.#deps.onAttempt?.({ server, ok: false, durationMs });

@@ -21,7 +21,7 @@ const CD = 0x0010;
 const DNSSEC_OK = 0x8000;
 
 /** Response codes that we give ourselves (RFC 1035). */
-export const RCODE = { FORMERR: 1, SERVFAIL: 2, NXDOMAIN: 3 } as const;
+export const RCODE = { FORMERR: 1, SERVFAIL: 2, NXDOMAIN: 3, NOTIMP: 4, REFUSED: 5 } as const;
 /** The upper eight bits of BADVERS (16), which go into the OPT record (RFC 6891, 6.1.3). */
 const BADVERS_HIGH = 1;
 
@@ -257,12 +257,18 @@ export function writeError(query: Uint8Array, rcode: number): Uint8Array {
   return bytes;
 }
 
-/** A query for one name, recursion not desired. */
-export function writeQuery(id: number, name: string, type: number): Uint8Array {
+/** A query for one name. */
+export function writeQuery(
+  id: number,
+  name: string,
+  type: number,
+  desired: "recursion" | "no-recursion" = "no-recursion",
+): Uint8Array {
   const encoded = encodeName(name);
   const bytes = new Uint8Array(HEADER + encoded.length + 4);
   const view = viewOf(bytes);
   view.setUint16(0, id);
+  if (desired === "recursion") view.setUint16(2, RD);
   view.setUint16(4, 1);
   bytes.set(encoded, HEADER);
   view.setUint16(HEADER + encoded.length, type);

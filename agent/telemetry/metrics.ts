@@ -41,8 +41,14 @@ export const METRICS = {
   dnsUpstreamHealthy: {
     name: "vmmesh_dns_upstream_healthy",
     type: "gauge",
-    help: "1 if this resolver answered lately, 0 if it is asked last.",
+    help: "1 if this resolver answered lately, 0 if it is asked last or, being a loop, not at all.",
     labels: ["server"],
+  },
+  dnsUpstreamAttempts: {
+    name: "vmmesh_dns_upstream_attempts_total",
+    type: "counter",
+    help: "Questions to each resolver, by whether it answered.",
+    labels: ["server", "result"],
   },
   dnsNames: { name: "vmmesh_dns_names", type: "gauge", help: "Names in the mesh's DNS table." },
   dnsLeaseMisses: {

@@ -173,7 +173,9 @@ export function renderStatus(
       `fence: ${refused.inbound} in, ${refused.outbound} out refused; ${bypassed.inbound} in, ${bypassed.outbound} out past Envoy`,
     );
   const sick = dns.upstreams.filter((server) => !server.healthy);
-  const servers = dns.upstreams.map((server) => `${server.address}${server.healthy ? "" : " (silent)"}`);
+  const servers = dns.upstreams.map(
+    (server) => `${server.address}${server.healthy ? "" : ` (${server.lastError ?? "silent"})`}`,
+  );
   row(
     "dns",
     dns.captured ? `${dns.names} names of the mesh; the rest to ${servers.join(", ")}` : "not captured",
