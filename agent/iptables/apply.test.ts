@@ -34,13 +34,14 @@ const OPTIONS = { confirmWithinMs: 30_000, rulesDir: "/rules", unit: "systemd" }
 const writes = (ran: readonly string[]): string[] => ran.filter((line) => !/ -S | list /.test(line));
 
 describe("applyPlan", () => {
-  test("tests both families, arms the timer, and only then writes", async () => {
+  test("tests both families, ends the former rules' repair, arms the timer, and only then writes", async () => {
     const { host, ran } = machine();
     await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     expect(writes(ran)).toEqual([
       "iptables-nft-restore --test --noflush",
       "ip6tables-nft-restore --test --noflush",
       "nft --check -f -",
+      "systemctl stop vmmesh-order.service vmmesh-rules.service",
       "systemctl stop vmmesh-rollback.timer",
       "systemd-run --unit=vmmesh-rollback --on-active=30s --timer-property=AccuracySec=100ms --collect /bin/sh /rules/gen-00000000/undo.sh trial",
       "ip -6 addr add ::6/128 dev lo",
@@ -56,6 +57,12 @@ describe("applyPlan", () => {
       refuse: "ip6tables-nft-restore --test",
       code: "RULES_REJECTED",
       undone: false,
+    },
+    {
+      name: "a repair of the former rules that does not end: nothing is applied",
+      refuse: "systemctl stop vmmesh-order.service",
+      code: "UNIT_FAILED",
+      undone: true,
     },
     {
       name: "no timer: nothing is applied",

@@ -131,6 +131,7 @@ export async function applyPlan(
     await host.files.remove(`${rulesDir}/undone`);
   };
   try {
+    await endRepairs(host, options.unit);
     await arm(host, here, options);
     const started = host.clock.monotonicMs();
     const former = await readState(host.files, rulesDir, "confirmed");
@@ -365,6 +366,24 @@ export function covers(next: CapturePlan, former: CapturePlan): boolean {
   ];
   const there = new Set(chains(next));
   return chains(former).every((chain) => there.has(chain));
+}
+
+/**
+ * One that begins from now on finds the trial and does nothing. One that has begun already would write the former rules
+ * over the new ones.
+ */
+async function endRepairs(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
+  if (unit !== "systemd") return;
+  const result = await host.run({ argv: ["systemctl", "stop", UNITS.mendRun, UNITS.repairRun] });
+  if (result.code === 0) return;
+  throw new VmmeshError(
+    "UNIT_FAILED",
+    "a repair of the former rules is under way and does not end, so none were applied",
+    {
+      cause: new Error(result.stderr.trim().split("\n")[0]),
+      next: `Look at \`systemctl status ${UNITS.repairRun}\`, then run the same command again.`,
+    },
+  );
 }
 
 async function arm(host: Applies, here: string, { confirmWithinMs, unit }: ApplyOptions): Promise<void> {
