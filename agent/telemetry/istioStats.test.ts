@@ -219,6 +219,20 @@ describe("requests", () => {
     });
   });
 
+  test("what is no gRPC status is none in the labels, however long and different each time", () => {
+    const lies = Array.from({ length: 50 }, (_, index) =>
+      httpBatch("outbound", OUTBOUND, {
+        request: { request_headers: { "content-type": "application/grpc" } },
+        response: { ...OK, response_headers: { "grpc-status": `${index}${"9".repeat(1000)}` } },
+      }),
+    );
+    const { lines } = counted("reviews", lies);
+    expect(sample(lines, "istio_requests_total")).toMatchObject({
+      value: 50,
+      labels: { grpc_response_status: "" },
+    });
+  });
+
   test("requests that look alike are one series, from however many addresses", () => {
     const from = (ip: string): Buffer =>
       httpBatch("inbound", { ...INBOUND, downstream_direct_remote_address: address(ip) });

@@ -15,6 +15,10 @@ const BUCKETS = [
 const MAX_SERIES = 500;
 /** Ways to the label sets that are remembered: one for each peer address. */
 const MAX_KEYS = 4000;
+/** A longer way is found anew each time: a peer may say of itself as much as Envoy takes of headers (60 KiB). */
+const MAX_KEY_CHARS = 4096;
+/** The codes of gRPC are 0 to 16; what else a peer says is none. */
+const GRPC_STATUS = /^\d{1,2}$/;
 /** Open TCP connections whose bytes are told while they last; those of others come when they end. */
 const MAX_OPEN = 65_536;
 const CONNECTION_LOGS: readonly number[] = [LOG_TYPE.periodic, LOG_TYPE.connectionEnd, LOG_TYPE.none];
@@ -92,14 +96,13 @@ export class IstioStats {
     const contentType = entry.requestHeaders.get("content-type") ?? "";
     const grpc = contentType.startsWith("application/grpc");
     const peerSays = entry.requestHeaders.get("x-envoy-peer-metadata") ?? "";
-    const key = [keyOf(direction, entry), entry.responseCode, grpc, entry.grpcStatus, peerSays].join(
-      SEPARATOR,
-    );
+    const grpcStatus = GRPC_STATUS.test(entry.grpcStatus) ? entry.grpcStatus : "";
+    const key = [keyOf(direction, entry), entry.responseCode, grpc, grpcStatus, peerSays].join(SEPARATOR);
     const series = this.#requests.find(key, () => ({
       ...labelsOf(this.#deps, direction, entry),
       request_protocol: grpc ? "grpc" : "http",
       response_code: String(entry.responseCode),
-      ...(grpc ? { grpc_response_status: entry.grpcStatus } : {}),
+      ...(grpc ? { grpc_response_status: grpcStatus } : {}),
     }));
     if (series === undefined) {
       this.#deps.onDropped();
@@ -188,6 +191,7 @@ class Table<S> {
       series = this.#make(labels);
       this.#byLabels.set(labels, series);
     }
+    if (key.length > MAX_KEY_CHARS) return series;
     if (this.#byKey.size >= MAX_KEYS) this.#byKey.clear();
     this.#byKey.set(key, series);
     return series;

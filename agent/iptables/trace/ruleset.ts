@@ -191,7 +191,7 @@ function readNative({ nftJson, nftText }: Listing, family: Family): NativeTable[
         sets: new Map(
           [...ofTable(sets, table), ...ofTable(maps, table)].map(({ name, elem }) => [
             String(name),
-            ((elem as Json[] | undefined) ?? []).map((each): [Json, Json] =>
+            listOf(elem).map((each): [Json, Json] =>
               Array.isArray(each) ? [each[0], each[1]] : [each, undefined],
             ),
           ]),
@@ -200,7 +200,7 @@ function readNative({ nftJson, nftText }: Listing, family: Family): NativeTable[
           name: String(chain["name"]),
           base: baseOf(chain),
           rules: (byChain.get(String(chain["name"])) ?? []).map(({ expr, handle, comment }) => ({
-            expressions: (expr as Json[] | undefined) ?? [],
+            expressions: listOf(expr),
             text:
               words.get(
                 `${String(table["family"])} ${String(table["name"])} ${String(chain["name"])} ${String(handle)}`,
@@ -211,6 +211,9 @@ function readNative({ nftJson, nftText }: Listing, family: Family): NativeTable[
       };
     });
 }
+
+/** Left out where it is empty. */
+const listOf = (value: Json): readonly Json[] => (Array.isArray(value) ? value : []);
 
 function baseOf(chain: Record<string, Json>): Omit<Base, "chain"> | undefined {
   const { hook, type, prio, policy, dev } = chain;
