@@ -21,10 +21,13 @@ interface Sent {
   readonly from?: string;
 }
 
-/** `each`: of every feature that a firewall may have, so many packets have met a rule that was true of them. */
-const SCALE: Readonly<Record<Scale, { rulesets: number; packets: number; each: number }>> = {
-  quick: { rulesets: 20, packets: 50, each: 1 },
-  full: { rulesets: 100, packets: 100, each: 50 },
+/**
+ * `each`: of every feature that a firewall may have, so many packets have met a rule that was true of them. `may`: bound of
+ * the answers that leave it open, in %; among twenty firewalls one that rolls dice of its own moves it by half a per cent.
+ */
+const SCALE: Readonly<Record<Scale, { rulesets: number; packets: number; each: number; may: string }>> = {
+  quick: { rulesets: 20, packets: 50, each: 1, may: "< 3" },
+  full: { rulesets: 100, packets: 100, each: 50, may: "< 2" },
 };
 
 /** The simulator against the kernel: random packets through random firewalls, seen by raw sockets and on the wire. */
@@ -41,7 +44,7 @@ export const proof: Proof = {
 const SEED = Number(process.env["VMMESH_DICE"] ?? 4);
 
 async function prove(scale: Scale): Promise<ProofRow[]> {
-  const { rulesets, packets, each: enough } = SCALE[scale];
+  const { rulesets, packets, each: enough, may } = SCALE[scale];
   await using lab = await Lab.make();
   using cgroup = new Cgroup(`vmmesh-proof-${lab.machine}`);
   await prepare(lab);
@@ -102,7 +105,7 @@ async function prove(scale: Scale): Promise<ProofRow[]> {
       "%",
       "= 100",
     ),
-    say("answers of the kind may", (100 * count.may) / count.packets, "%", "< 2"),
+    say("answers of the kind may", (100 * count.may) / count.packets, "%", may),
     say(
       "answers of the kind may that name what the kernel did",
       count.may === 0 ? 100 : (100 * count.mayRight) / count.may,
