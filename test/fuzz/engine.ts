@@ -68,7 +68,7 @@ export class Engine {
         // What depends on more than the input (a cache) is found by no half: not to be looked for again.
         this.#coverage.add(reach);
       }
-      if (batches % 4 === 0) await this.#grow();
+      if (batches % 4 === 0) await this.#grow(end);
     }
   }
 
@@ -96,8 +96,8 @@ export class Engine {
     this.slowestMs = Math.max(this.slowestMs, busyMs);
   }
 
-  /** A part of an input over and over: its time must grow as its size does. */
-  async #grow(): Promise<void> {
+  /** A part of an input over and over: its time must grow as its size does. @param end no larger one is begun after it */
+  async #grow(end: number): Promise<void> {
     const base = this.#pick(this.corpus);
     const from = below(base.length);
     const part =
@@ -106,7 +106,7 @@ export class Engine {
         : base.subarray(from, from + 1 + below(below(64) + 1));
     if (part.length === 0) return;
     const grown = (bytes: number): Uint8Array => cut(base, from, 0, Buffer.alloc(bytes, part));
-    for (let bytes = SMALLEST_GROWN_BYTES; bytes <= GROWN_BYTES; bytes *= 2) {
+    for (let bytes = SMALLEST_GROWN_BYTES; bytes <= GROWN_BYTES && performance.now() < end; bytes *= 2) {
       const whole = grown(bytes);
       if ((await this.#timed(whole)) < SLOW_MS) continue;
       const [ms, quarterMs] = [await this.#busyMs(whole), await this.#busyMs(grown(bytes / 4))];
