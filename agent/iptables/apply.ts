@@ -1,6 +1,6 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, Files, Host } from "../platform/host.ts";
-import { UNITS } from "../platform/services.ts";
+import { REPAIRS, UNITS } from "../platform/services.ts";
 import { findOurs } from "./elsewhere.ts";
 import { lackOf } from "./lack.ts";
 import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
@@ -374,7 +374,7 @@ export function covers(next: CapturePlan, former: CapturePlan): boolean {
  */
 async function endRepairs(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
   if (unit !== "systemd") return;
-  const result = await host.run({ argv: ["systemctl", "stop", UNITS.mendRun, UNITS.repairRun] });
+  const result = await host.run({ argv: ["systemctl", "stop", ...REPAIRS] });
   if (result.code === 0) return;
   throw new VmmeshError(
     "UNIT_FAILED",

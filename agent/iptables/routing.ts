@@ -68,10 +68,7 @@ export async function leftRouting(
   const isOurs = ({ protocol }: { readonly protocol?: string }): boolean => protocol === String(PROTOCOL);
   const left = await Promise.all(
     families.map(async ({ family }) => {
-      const [rules, routes] = await Promise.all([
-        list<RuleEntry>(host, family, ["-N", "rule"]),
-        list<RouteEntry>(host, family, ["-N", "route", "show", "table", String(table)]),
-      ]);
+      const { rules, routes } = await readRouting(host, family, table);
       return [
         ...rules
           .filter((rule) => isOurs(rule) && rule.priority === PRIORITY && rule.table === String(table))
@@ -88,7 +85,7 @@ export async function leftRouting(
   return left.flat();
 }
 
-/** What `ip -j -N` (tables and protocols as numbers) prints of a rule and of a route; what we do not ask for is left out. */
+/** What `ip -j -N rule` (tables as numbers) and `ip -j route` print of an entry; what we do not ask for is left out. */
 interface RuleEntry {
   readonly priority: number;
   readonly protocol?: string;
@@ -116,8 +113,7 @@ export async function refuseSharedRouting(
   const { routeTable: table } = plan;
   if (table === undefined) return;
   for (const { family } of plan.families) {
-    const rules = await list<RuleEntry>(host, family, ["-N", "rule"]);
-    const routes = await list<RouteEntry>(host, family, ["route", "show", "table", String(table)]);
+    const { rules, routes } = await readRouting(host, family, table);
     const use = foreignUse(rules, routes, table);
     if (use === undefined) continue;
     throw new VmmeshError("RULES_REJECTED", `TPROXY cannot share with another owner: ${use} (IPv${family})`, {
@@ -151,6 +147,19 @@ export function foreignUse(
       return `another rule uses routing table ${table} (${shown})`;
   }
   return undefined;
+}
+
+/** Every rule of a family, and the routes of one table. */
+async function readRouting(
+  host: Pick<Host, "run">,
+  family: Family,
+  table: number,
+): Promise<{ rules: RuleEntry[]; routes: RouteEntry[] }> {
+  const [rules, routes] = await Promise.all([
+    list<RuleEntry>(host, family, ["-N", "rule"]),
+    list<RouteEntry>(host, family, ["route", "show", "table", String(table)]),
+  ]);
+  return { rules, routes };
 }
 
 /** Empty if there is no such table. */
