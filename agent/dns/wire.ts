@@ -150,16 +150,38 @@ export function writeAnswer(query: Query, answer: Answer, limit: number): Uint8A
   const answers = records.length;
   if (complete && answer.addresses.length === 0) add(record(owner, TYPE.SOA, SOA_DATA));
 
-  const bytes = new Uint8Array(size);
+  return message(query.id, QR | AA | RA | (query.flags & (RD | CD)) | (complete ? 0 : TC), {
+    question: query.questionBytes,
+    answers: records.slice(0, answers),
+    authorities: records.slice(answers),
+    additionals: opt === undefined ? [] : [opt],
+  });
+}
+
+/** A whole message; the counts are those of what is given. */
+function message(
+  id: number,
+  flags: number,
+  sections: {
+    /** Empty: none. */
+    readonly question: Uint8Array;
+    readonly answers?: readonly Uint8Array[];
+    readonly authorities?: readonly Uint8Array[];
+    readonly additionals?: readonly Uint8Array[];
+  },
+): Uint8Array {
+  const { question, answers = [], authorities = [], additionals = [] } = sections;
+  const parts = [question, ...answers, ...authorities, ...additionals];
+  const bytes = new Uint8Array(parts.reduce((size, part) => size + part.length, HEADER));
   const view = viewOf(bytes);
-  view.setUint16(0, query.id);
-  view.setUint16(2, QR | AA | RA | (query.flags & (RD | CD)) | (complete ? 0 : TC));
-  view.setUint16(4, 1);
-  view.setUint16(6, answers);
-  view.setUint16(8, records.length - answers);
-  view.setUint16(10, opt === undefined ? 0 : 1);
+  view.setUint16(0, id);
+  view.setUint16(2, flags);
+  view.setUint16(4, question.length === 0 ? 0 : 1);
+  view.setUint16(6, answers.length);
+  view.setUint16(8, authorities.length);
+  view.setUint16(10, additionals.length);
   let at = HEADER;
-  for (const part of [query.questionBytes, ...records, ...(opt === undefined ? [] : [opt])]) {
+  for (const part of parts) {
     bytes.set(part, at);
     at += part.length;
   }
@@ -215,27 +237,16 @@ const SOA_DATA = Uint8Array.from(
 /** BADVERS: the asker speaks an EDNS that we do not know, the answer says which we know (RFC 6891, 6.1.3). */
 export function writeBadVersion(query: Query): Uint8Array {
   const opt = optRecord(query.edns?.dnssecOk ?? false, BADVERS_HIGH);
-  const bytes = new Uint8Array(HEADER + query.questionBytes.length + opt.length);
-  const view = viewOf(bytes);
-  view.setUint16(0, query.id);
-  view.setUint16(2, QR | RA | (query.flags & (RD | CD)));
-  view.setUint16(4, 1);
-  view.setUint16(10, 1);
-  bytes.set(query.questionBytes, HEADER);
-  bytes.set(opt, HEADER + query.questionBytes.length);
-  return bytes;
+  return message(query.id, QR | RA | (query.flags & (RD | CD)), {
+    question: query.questionBytes,
+    additionals: [opt],
+  });
 }
 
 /** A resolver's reply as it is if it fits into `limit` bytes, else its header and question with TC set: ask again by TCP. */
 export function fitted(reply: Uint8Array, query: Query, limit: number): Uint8Array {
   if (reply.length <= limit) return reply;
-  const bytes = new Uint8Array(HEADER + query.questionBytes.length);
-  const view = viewOf(bytes);
-  view.setUint16(0, query.id);
-  view.setUint16(2, viewOf(reply).getUint16(2) | TC);
-  view.setUint16(4, 1);
-  bytes.set(query.questionBytes, HEADER);
-  return bytes;
+  return message(query.id, viewOf(reply).getUint16(2) | TC, { question: query.questionBytes });
 }
 
 /** The response code of a message with a whole header, without the bits that an OPT record may add. */
@@ -247,14 +258,8 @@ export function rcodeOf(message: Uint8Array): number {
 export function writeError(query: Uint8Array, rcode: number): Uint8Array {
   const read = readQuery(query);
   const question = typeof read === "object" ? read.questionBytes : new Uint8Array();
-  const bytes = new Uint8Array(HEADER + question.length);
-  const view = viewOf(bytes);
-  const asked = viewOf(query);
-  view.setUint16(0, asked.getUint16(0));
-  view.setUint16(2, QR | RA | (asked.getUint16(2) & (OPCODE | RD | CD)) | rcode);
-  view.setUint16(4, question.length === 0 ? 0 : 1);
-  bytes.set(question, HEADER);
-  return bytes;
+  const flags = viewOf(query).getUint16(2) & (OPCODE | RD | CD);
+  return message(idOf(query), QR | RA | flags | rcode, { question });
 }
 
 /** A query for one name. */
@@ -265,15 +270,11 @@ export function writeQuery(
   desired: "recursion" | "no-recursion" = "no-recursion",
 ): Uint8Array {
   const encoded = encodeName(name);
-  const bytes = new Uint8Array(HEADER + encoded.length + 4);
-  const view = viewOf(bytes);
-  view.setUint16(0, id);
-  if (desired === "recursion") view.setUint16(2, RD);
-  view.setUint16(4, 1);
-  bytes.set(encoded, HEADER);
-  view.setUint16(HEADER + encoded.length, type);
-  view.setUint16(HEADER + encoded.length + 2, 1);
-  return bytes;
+  const question = new Uint8Array(encoded.length + 4);
+  question.set(encoded);
+  viewOf(question).setUint16(encoded.length, type);
+  viewOf(question).setUint16(encoded.length + 2, 1);
+  return message(id, desired === "recursion" ? RD : 0, { question });
 }
 
 /** The same message under another id. */
@@ -296,7 +297,7 @@ export function isReplyTo(reply: Uint8Array, sent: Uint8Array): boolean {
   if (reply.length < HEADER || sent.length < HEADER) return false;
   const [got, asked] = [viewOf(reply), viewOf(sent)];
   if (got.getUint16(0) !== asked.getUint16(0) || (got.getUint16(2) & QR) === 0) return false;
-  if (got.getUint16(4) === 0) return (got.getUint16(2) & 0xf) !== 0 || asked.getUint16(4) === 0;
+  if (got.getUint16(4) === 0) return rcodeOf(reply) !== 0 || asked.getUint16(4) === 0;
   const name = readName(sent, HEADER);
   // Not a form that we can read (a foreign operation): id and source have to do.
   if (name === undefined) return true;
