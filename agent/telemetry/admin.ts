@@ -4,6 +4,7 @@ import { messageOf, VmmeshError } from "../core/errors.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host, Listener } from "../platform/host.ts";
 import { fetchOver, reply, serveHttp } from "./http.ts";
+import { printable } from "./printable.ts";
 import type { StatusSnapshot } from "./status.ts";
 
 /** A question is a line, an order is a sentence. */
@@ -84,9 +85,7 @@ async function readBody(message: IncomingMessage, maxBytes: number): Promise<str
 
 /** Parses JSON; the other side's texts end on root's terminal, where an escape sequence of a broken agent would be obeyed. */
 function withoutControls(json: string): unknown {
-  return JSON.parse(json, (_, value: unknown) =>
-    typeof value === "string" ? value.replace(/\p{Cc}+/gu, " ") : value,
-  );
+  return JSON.parse(json, (_, value: unknown) => (typeof value === "string" ? printable(value) : value));
 }
 
 /** A field of a JSON object if it is a text. */

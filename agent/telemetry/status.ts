@@ -1,6 +1,7 @@
 import { styleText } from "node:util";
 import { formatDuration } from "../core/time.ts";
 import type { Condition } from "../health/conditions.ts";
+import { printable } from "./printable.ts";
 
 /** A moment as JSON carries it: RFC 3339. */
 type Moment = string;
@@ -240,8 +241,8 @@ function wrapped(text: string, lead: string, most: number): string[] {
   return lines;
 }
 
-/** One line of at most `width` columns. Control characters, which could drive a terminal, become spaces. */
+/** One printable line of at most `width` columns. */
 function clip(text: string, width: number): string {
-  const line = text.replace(/\p{Cc}+/gu, " ");
+  const line = printable(text);
   return line.length <= width ? line : `${line.slice(0, width - 1)}…`;
 }
