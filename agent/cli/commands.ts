@@ -61,6 +61,13 @@ export const COMMON_OPTIONS: readonly OptionSpec[] = [
   },
 ];
 
+const KUBE_CONTEXT: OptionSpec = {
+  name: "context",
+  type: "string",
+  value: "NAME",
+  describe: "context of the kubeconfig",
+};
+
 const TOKEN_DURATION: OptionSpec = {
   name: "token-duration",
   type: "number",
@@ -108,7 +115,7 @@ const MESH_OPTIONS: readonly OptionSpec[] = [
     value: "FILE",
     describe: "credentials for the Kubernetes API; used now, not kept",
   },
-  { name: "context", type: "string", value: "NAME", describe: "context of the kubeconfig" },
+  KUBE_CONTEXT,
   { name: "revision", type: "string", value: "R", describe: "revision of the control plane" },
   {
     name: "network",
@@ -420,7 +427,7 @@ export const COMMANDS: readonly CommandSpec[] = [
         value: "FILE",
         describe: "credentials for the Kubernetes API, `exec` plugins included",
       },
-      { name: "context", type: "string", value: "NAME", describe: "context of the kubeconfig" },
+      KUBE_CONTEXT,
       TOKEN_DURATION,
       {
         name: "audience",
