@@ -47,13 +47,9 @@ function fieldsOf(bytes: Uint8Array): Field[] | undefined {
   try {
     for (const reader = new BinaryReader(bytes); reader.pos < reader.len; ) {
       const [number, type] = reader.tag();
-      const start = reader.pos;
+      // What it steps over, it returns.
       const body = type === WireType.LengthDelimited ? reader.bytes() : reader.skip(type, number);
-      fields.push({
-        number,
-        type,
-        body: type === WireType.LengthDelimited ? body : bytes.slice(start, reader.pos),
-      });
+      fields.push({ number, type, body });
     }
   } catch {
     return undefined;
