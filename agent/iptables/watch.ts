@@ -52,9 +52,10 @@ export function monitorReader(): (line: string) => Change | undefined {
       const event = readEvent(line);
       if (event === undefined) return undefined;
       ours ||= event.ours;
-      if (event.concerns) {
-        if (event.near && !near) touched = undefined;
-        near ||= event.near;
+      if (event.reach !== "none") {
+        const isNear = event.reach === "near";
+        if (isNear && !near) touched = undefined;
+        near ||= isNear;
         touched ??= line.trim();
         owner ??= event.owner;
       }
@@ -83,9 +84,8 @@ export function monitorReader(): (line: string) => Change | undefined {
 }
 
 interface Event {
-  readonly concerns: boolean;
-  /** It happened to a table or chain of ours, or to a hook that we jump from. */
-  readonly near: boolean;
+  /** near: it happened to a table or chain of ours, or to a hook that we jump from. elsewhere: it may matter all the same. */
+  readonly reach: "near" | "elsewhere" | "none";
   /** Only we write this: the jump to our chain put in at the top, or one of our tables made. */
   readonly ours: boolean;
   readonly owner: string | undefined;
@@ -96,26 +96,22 @@ function readEvent(line: string): Event | undefined {
   if (match === null) return undefined;
   const [, verb = "", object = "", family = "", table = "", chain = "", rest = ""] = match;
   const removes = verb === "delete" || verb === "flush" || verb === "destroy";
-  if (OUR_TABLE.test(table))
-    return { concerns: true, near: true, ours: object === "table" && !removes, owner: undefined };
+  if (OUR_TABLE.test(table)) return { reach: "near", ours: object === "table" && !removes, owner: undefined };
   if (family === "inet" || !IPTABLES_TABLES.includes(table)) return undefined;
-  if (object === "table") return { concerns: removes, near: removes, ours: false, owner: undefined };
+  if (object === "table") return { reach: removes ? "near" : "none", ours: false, owner: undefined };
   const mine = OUR_CHAINS.includes(chain) || (HOOKS as readonly string[]).includes(chain);
-  if (object === "chain")
-    return { concerns: removes && mine, near: removes && mine, ours: false, owner: undefined };
+  if (object === "chain") return { reach: removes && mine ? "near" : "none", ours: false, owner: undefined };
   const target = /\b(?:jump|goto) (\S+)/.exec(rest)?.[1] ?? "";
   // Whose chain is jumped to says who wrote only where the jump is put ahead: who deletes it is somebody else.
   const owner = verb === "insert" ? ownerOfChain(target) : undefined;
   if (mine)
     return {
-      concerns: true,
-      near: true,
+      reach: "near",
       ours: verb === "insert" && OUR_CHAINS.includes(target),
       owner,
     };
   return {
-    concerns: !UNREAD.has(ownerOfChain(chain) ?? ""),
-    near: false,
+    reach: UNREAD.has(ownerOfChain(chain) ?? "") ? "none" : "elsewhere",
     ours: false,
     // What is put in elsewhere, as in POSTROUTING, is ahead of nothing of ours.
     owner: undefined,
