@@ -1,3 +1,4 @@
+import type { Scale } from "../suite.ts";
 import type { Stage } from "./stage.ts";
 
 /** Whose machine is meant: ours, or one with the real pilot-agent. */
@@ -22,9 +23,6 @@ export interface Row {
   /** What shows that the fault has really happened. */
   readonly happened: string;
 }
-
-/** `quick` is what CI can afford on every change; `full` is what the issue asks for (200 kills, 20 renewals …). */
-export type Scale = "quick" | "full";
 
 /** One fault: its own file in `faults/`. It leaves the stage as it found it, also when it fails. */
 export interface Fault {

@@ -7,7 +7,8 @@ import { PeerMachine, PILOT_AGENT } from "../compat/peer.ts";
 import type { ApplyTimes } from "../netns/apply-timed.ts";
 import { kubeProxyRules } from "../netns/kubeProxy.ts";
 import { UID, WISH } from "../netns/lab.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import type { Scale } from "../suite.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const SIZES: Readonly<Record<Scale, { readonly foreign: readonly number[]; readonly rounds: number }>> = {
   quick: { foreign: [0, 20_000], rounds: 5 },

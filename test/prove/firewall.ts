@@ -1,8 +1,9 @@
 import { cpSync } from "node:fs";
 import { cleanNamespace, defineWorkload, istioctlBundle, type Seen, startApp } from "../lab/acceptance.ts";
 import { Lab, type Machine, waitFor } from "../lab/lab.ts";
+import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const DECLARED = 9080;
 const CLOSED = 9001;

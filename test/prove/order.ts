@@ -5,6 +5,7 @@ import { cpus, loadavg } from "node:os";
 import { createInterface } from "node:readline";
 import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
 import { Lab, type Machine, say, sleep, waitFor } from "../lab/lab.ts";
+import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
 import {
   AFTER_WIPE,
@@ -15,7 +16,7 @@ import {
   startWriters,
   WRITERS,
 } from "./order/writers.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const NAME = "order";
 const VM = "ordervm";

@@ -1,7 +1,8 @@
 import fc from "fast-check";
 import { ADDRESSES, PeerMachine, PILOT_AGENT } from "../compat/peer.ts";
 import { difference, type OptionSet, optionSet, printed } from "../compat/random.ts";
-import { type Proof, row, type Scale } from "./proof.ts";
+import type { Scale } from "../suite.ts";
+import { type Proof, row } from "./proof.ts";
 
 const SEED = 20_261_123;
 const SIZES: Readonly<Record<Scale, { readonly texts: number; readonly packets: number }>> = {

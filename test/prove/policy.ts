@@ -9,8 +9,9 @@ import {
 } from "../lab/acceptance.ts";
 import { Lab, type Machine, say, sleep, waitFor } from "../lab/lab.ts";
 import { installPeer, startPeer } from "../lab/peer.ts";
+import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const NAME = "policy";
 const SCRIPT = readFileSync(new URL("policy.py", import.meta.url), "utf8");

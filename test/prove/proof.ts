@@ -1,3 +1,4 @@
+import type { Scale } from "../suite.ts";
 /** What a proof says: one number of the promise, whether it holds, and how it was seen. */
 export interface ProofRow {
   readonly proof: string;
@@ -13,9 +14,6 @@ export interface ProofRow {
   /** Whose number it is. */
   readonly side: "vmmesh" | "peer";
 }
-
-/** `quick` is what CI can afford on every change; `full` is what the issue asks for (100 restarts, 10,000 packets …). */
-export type Scale = "quick" | "full";
 
 /** One proof: its own file in this folder, run by `main.ts` and, at the quick scale, by a test of the vm or netns lane. */
 export interface Proof {

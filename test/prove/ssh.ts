@@ -6,8 +6,9 @@ import fc from "fast-check";
 import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
 import { Lab, type Machine, sleep, waitFor } from "../lab/lab.ts";
 import { sh } from "../lab/sh.ts";
+import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const PORT = 2222;
 /** Of each trial; the shortest that leaves a slow machine time for its checks. */

@@ -8,7 +8,8 @@ import { Cgroup } from "../netns/cgroup.ts";
 import { Lab, MACHINE, REMOTE } from "../netns/lab.ts";
 import { CLOSED, KINDS, watched } from "../netns/met.ts";
 import { CAST, Dice, type Generated, generate, HOOKS, LISTENING, PORTS, UIDS } from "../netns/rulesets.ts";
-import { type Proof, type ProofRow, row, type Scale } from "./proof.ts";
+import type { Scale } from "../suite.ts";
+import { type Proof, type ProofRow, row } from "./proof.ts";
 
 interface Sent {
   readonly at: "machine" | "world";
