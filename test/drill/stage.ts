@@ -1,5 +1,5 @@
 import { type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
-import { cpSync, readFileSync } from "node:fs";
+import { cpSync } from "node:fs";
 import {
   arrivesAs,
   cleanNamespace,
@@ -10,6 +10,7 @@ import {
   strictMtls,
 } from "../lab/acceptance.ts";
 import { Lab, type Machine, waitFor } from "../lab/lab.ts";
+import { type LoadReport, loadCommand, putLoad } from "../lab/load.ts";
 import { installPeer, startPeer } from "../lab/peer.ts";
 import { packageFile } from "../vm/package.ts";
 import type { Side } from "./fault.ts";
@@ -90,7 +91,7 @@ export class Stage {
     }
     await installPeer(lab, theirs, theirs.name);
     await startPeer(theirs);
-    client.putFile("/opt/drill-load.mjs", readFileSync(new URL("load.mjs", import.meta.url)));
+    putLoad(client);
     const stage = new Stage(
       lab,
       client,
@@ -108,9 +109,8 @@ export class Stage {
 
   /** A client outside the machine, an ordinary user, until it is stopped. @param rate requests a second */
   load({ url }: Target, rate = 200): Load {
-    const inside = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
-    const argv = [...inside, "/usr/lib/vmmesh/node", "/opt/drill-load.mjs", url, String(rate)];
-    const child = spawn("nsenter", ["-t", String(this.client.pid), "-a", ...argv]);
+    const argv = ["-t", String(this.client.pid), "-a", ...loadCommand(url, rate)];
+    const child = spawn("nsenter", argv);
     let stopped: Promise<Seen> | undefined;
     return {
       stop: () => {
@@ -150,21 +150,14 @@ async function stopLoad(child: ChildProcessWithoutNullStreams): Promise<Seen> {
   child.stdin.end();
   const code = await closed;
   if (code !== 0) throw new Error(`the client ended with ${code}: ${Buffer.concat(err).toString()}`);
-  const { sent, losses, answered, spans } = JSON.parse(Buffer.concat(out).toString()) as {
-    sent: number;
-    losses: { at: number; reason: string }[];
-    answered: number[];
-    spans: number[];
-  };
-  const reasons: Record<string, number> = {};
-  for (const { reason } of losses) reasons[reason] = (reasons[reason] ?? 0) + 1;
-  const times = losses.map(({ at }) => at);
+  const report = JSON.parse(Buffer.concat(out).toString()) as LoadReport;
+  const { losses, answered, spans } = report;
   return {
-    requests: sent,
-    lost: losses.length,
-    reasons,
-    firstLoss: times.length === 0 ? undefined : Math.min(...times),
-    lastLoss: times.length === 0 ? undefined : Math.max(...times),
+    requests: report.sent,
+    lost: report.failed,
+    reasons: report.failures,
+    firstLoss: losses.length === 0 ? undefined : Math.min(...losses),
+    lastLoss: losses.length === 0 ? undefined : Math.max(...losses),
     answeredAfter: (at) => answered.find((time) => time >= at),
     underWayDuring: (times) =>
       spans.filter((at, index) => {

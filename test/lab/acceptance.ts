@@ -1,4 +1,5 @@
 import type { Lab } from "./lab.ts";
+import { ORDINARY_USER } from "./load.ts";
 import type { Machine } from "./machine.ts";
 import { waitFor } from "./sh.ts";
 
@@ -51,19 +52,7 @@ export async function startApp(machine: Machine, port: number, name = machine.na
 /** A request as an ordinary user of the machine; status 0: no answer. */
 export async function request(from: Machine, url: string): Promise<Seen> {
   const { stdout } = await from.exec(
-    [
-      "setpriv",
-      "--reuid=65534",
-      "--regid=65534",
-      "--clear-groups",
-      "curl",
-      "-s",
-      "-m",
-      "5",
-      "-w",
-      "\n%{http_code}",
-      url,
-    ],
+    [...ORDINARY_USER, "curl", "-s", "-m", "5", "-w", "\n%{http_code}", url],
     { allowFail: true },
   );
   const cut = stdout.lastIndexOf("\n");

@@ -1,21 +1,34 @@
-// Sends RATE requests a second to URL for SECONDS and prints {sent, failed, failures}; runs in a machine, as an ordinary user.
+// Sends RATE requests a second to URL for SECONDS, or without them until its input ends, and prints as one line of JSON what
+// became of them (`LoadReport` in load.ts). Runs in a machine, as an ordinary user.
 import http from "node:http";
 
-const [url, rate, seconds] = [process.argv[2], Number(process.argv[3]), Number(process.argv[4])];
+const [url, rate] = [process.argv[2], Number(process.argv[3])];
+let total = process.argv[4] === undefined ? Number.POSITIVE_INFINITY : rate * Number(process.argv[4]);
 const agent = new http.Agent({ keepAlive: true, maxSockets: 64 });
-let [sent, done, failed] = [0, 0, 0];
+const losses = [];
 const failures = {};
 const servers = {};
-
-const count = (reason) => {
-  done += 1;
-  if (reason === undefined) return;
-  failed += 1;
-  failures[reason] = (failures[reason] ?? 0) + 1;
-};
+const answered = [];
+const spans = [];
+let [sent, done] = [0, 0];
 
 function send() {
   sent += 1;
+  const at = Date.now();
+  let told = false;
+  const tell = (reason) => {
+    if (told) return;
+    told = true;
+    done += 1;
+    const now = Date.now();
+    spans.push(at, now);
+    if (reason === undefined) {
+      if (now - (answered.at(-1) ?? 0) >= 50) answered.push(now);
+      return;
+    }
+    losses.push(at);
+    failures[reason] = (failures[reason] ?? 0) + 1;
+  };
   const request = http.get(url, { agent, timeout: 5000 }, (response) => {
     let body = "";
     response.setEncoding("utf8");
@@ -23,22 +36,29 @@ function send() {
       body += part;
     });
     response.on("end", () => {
-      count(response.statusCode === 200 ? undefined : `status ${response.statusCode}: ${body.slice(0, 120)}`);
       const server = /"server": "([^"]+)"/.exec(body)?.[1] ?? "none";
       servers[server] = (servers[server] ?? 0) + 1;
+      const words = body.slice(0, 120).trim();
+      tell(response.statusCode === 200 ? undefined : `status ${response.statusCode}: ${words}`);
     });
+    response.on("error", (error) => tell(error.message));
   });
-  request.on("timeout", () => request.destroy(new Error("timeout")));
-  request.on("error", (error) => count(error.message));
+  request.on("timeout", () => request.destroy(new Error("no answer within 5 s")));
+  request.on("error", (error) => tell(error.message));
 }
 
-const total = rate * seconds;
+if (total === Number.POSITIVE_INFINITY) {
+  process.stdin.resume();
+  process.stdin.on("end", () => {
+    total = sent;
+  });
+}
 const started = performance.now();
 const timer = setInterval(() => {
   const due = Math.min(total, Math.floor(((performance.now() - started) / 1000) * rate));
   while (sent < due) send();
   if (sent < total || done < sent) return;
   clearInterval(timer);
-  console.log(JSON.stringify({ sent, failed, failures, servers }));
-  process.exit(0);
+  const report = { sent, failed: losses.length, failures, servers, losses, answered, spans };
+  process.stdout.write(`${JSON.stringify(report)}\n`, () => process.exit(0));
 }, 5);

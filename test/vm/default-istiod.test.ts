@@ -1,4 +1,4 @@
-import { cpSync, readFileSync } from "node:fs";
+import { cpSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   arrivesAs,
@@ -14,6 +14,7 @@ import {
 } from "../lab/acceptance.ts";
 import { istiodEnvOf } from "../lab/controlplane.ts";
 import { Lab, type Machine, waitFor } from "../lab/lab.ts";
+import { type LoadReport, load, putLoad } from "../lab/load.ts";
 import { packageFile } from "./package.ts";
 
 /**
@@ -304,24 +305,21 @@ describe("an istiod with default settings, and a stock Envoy", () => {
         destination: await seen(`sum(${requests("destination")}) + sum(${dropped})`),
       };
     };
-    reviews.putFile("/opt/load.mjs", readFileSync(new URL("../lab/load.mjs", import.meta.url)));
+    putLoad(reviews);
     const before = await counts();
     expect(before.source).toBeGreaterThan(0);
     await details.exec("systemctl kill --kill-whom=main -s STOP vmmesh-agent");
-    let load: { sent: number; failed: number };
+    let report: LoadReport;
     try {
-      const { stdout } = await reviews.exec(
-        "setpriv --reuid=65534 --regid=65534 --clear-groups /usr/lib/vmmesh/node /opt/load.mjs http://details/ 200 10",
-      );
-      load = JSON.parse(stdout);
+      report = await load(reviews, "http://details/", 200, 10);
     } finally {
       await details.exec("systemctl kill --kill-whom=main -s CONT vmmesh-agent");
     }
-    expect(load).toMatchObject({ sent: 2000, failed: 0 });
+    expect(report).toMatchObject({ sent: 2000, failed: 0 });
     await scrapes(4);
     expect(await counts()).toEqual({
-      source: before.source + load.sent,
-      destination: before.destination + load.sent,
+      source: before.source + report.sent,
+      destination: before.destination + report.sent,
     });
   });
 

@@ -1,4 +1,4 @@
-import { cpSync, readFileSync } from "node:fs";
+import { cpSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   arrivesAs,
@@ -11,6 +11,7 @@ import {
   strictMtls,
 } from "../lab/acceptance.ts";
 import { Lab, type Machine, sleep, waitFor } from "../lab/lab.ts";
+import { load, putLoad } from "../lab/load.ts";
 import { packageFile } from "./package.ts";
 
 /** A peer that sends 200 requests a second to a service with two endpoints sees none fail while one of them leaves. */
@@ -41,7 +42,7 @@ beforeAll(async () => {
   await startApp(caller, 9080);
   cpSync(await istioctlBundle(lab, "caller"), `${caller.root}/root/bundle`, { recursive: true });
   await caller.exec("vmmesh join --bundle /root/bundle --mesh-cidr 10.96.0.0/16");
-  caller.putFile("/opt/load.mjs", readFileSync(new URL("../lab/load.mjs", import.meta.url)));
+  putLoad(caller);
   console.log("versions:", JSON.stringify(await lab.versions()));
 }, 300_000);
 
@@ -49,43 +50,19 @@ afterAll(async () => {
   for (const name of NAMES) await lab?.removeVm(name);
 });
 
-const load = async (
-  seconds: number,
-): Promise<{
-  sent: number;
-  failed: number;
-  failures: Record<string, number>;
-  servers: Record<string, number>;
-}> => {
-  const { stdout } = await caller.exec(
-    [
-      "setpriv",
-      "--reuid=65534",
-      "--regid=65534",
-      "--clear-groups",
-      "/usr/lib/vmmesh/node",
-      "/opt/load.mjs",
-      "http://shop/",
-      "200",
-      String(seconds),
-    ],
-    { timeoutMs: 120_000 },
-  );
-  return JSON.parse(stdout);
-};
-
 describe("leave under load", () => {
   test("both endpoints serve", async () => {
     await arrivesAs(caller, "http://shop/", spiffe("caller"));
     await waitFor(
       "both to answer",
-      async () => (Object.keys((await load(2)).servers).length === 2 ? true : undefined),
+      async () =>
+        Object.keys((await load(caller, "http://shop/", 200, 2)).servers).length === 2 ? true : undefined,
       60_000,
     );
   });
 
   test("one of two endpoints leaves: no request of its peer fails", async () => {
-    const running = load(12);
+    const running = load(caller, "http://shop/", 200, 12);
     await sleep(2000);
     const started = performance.now();
     await one.exec("vmmesh leave");
