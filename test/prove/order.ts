@@ -308,6 +308,7 @@ async function atRandom(
       wipes.right,
       "wipes",
     ),
+    row(NAME, "the same, but somebody else is named", wipes.wrong, "wipes"),
   ];
 }
 
