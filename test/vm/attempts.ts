@@ -141,7 +141,7 @@ export const ATTEMPTS: readonly Attempt[] = [
   { what: "change its own bootstrap", command: ": >> /run/vmmesh/bootstrap.json", by: "envoy" },
   // ——— the firewall, and what it stands on
   { what: "add an nft table", command: "nft add table inet door", undo: "nft delete table inet door" },
-  { what: "flush a set of the fence", command: "nft list table inet vmmesh-fence" },
+  { what: "list the rules of the fence", command: "nft list table inet vmmesh-fence" },
   ...["iptables", "ip6tables", "iptables-legacy"].map((program) => ({
     what: `${program} -A`,
     command: `${program} -t mangle -A PREROUTING -p tcp --dport 1 -j ACCEPT`,
