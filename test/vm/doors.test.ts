@@ -1,7 +1,7 @@
 import { cpSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { cleanNamespace, defineWorkload, istioctlBundle, requireRoot, startApp } from "../lab/acceptance.ts";
-import { Lab, type Machine } from "../lab/lab.ts";
+import { Lab, type Machine, waitFor } from "../lab/lab.ts";
 import { ATTEMPTS, asRoot, type Broken, inUnit, outside } from "./attempts.ts";
 import { packageFile } from "./package.ts";
 
@@ -18,6 +18,12 @@ beforeAll(async () => {
   await startApp(details, 9080);
   cpSync(await istioctlBundle(lab, "details"), `${details.root}/root/bundle`, { recursive: true });
   await details.exec("vmmesh join --bundle /root/bundle");
+  // What nobody may read must be there to be read: it is written some seconds after Envoy has accepted its configuration.
+  await waitFor("last-good", async () =>
+    (await details.exec("test -s /var/lib/vmmesh/last-good", { allowFail: true })).code === 0
+      ? true
+      : undefined,
+  );
   console.log("versions:", JSON.stringify(await lab.versions()));
 }, 300_000);
 
