@@ -12,6 +12,7 @@ export const EXIT_STATUSES: readonly (readonly [number, string])[] = [
   [5, "the Kubernetes API refuses or cannot be reached"],
   [6, "somebody else is at it: another join runs, or the machine is joined already"],
   [7, "the firewall: rules refused, not confirmed, or no privilege"],
+  [8, "trace: the rules cannot be read, so only what lies around them was told"],
 ];
 
 /** vmmesh(1) as roff, made from the command table, so that the page cannot drift from what the program does. */

@@ -1,16 +1,24 @@
-import { VmmeshError } from "../core/errors.ts";
+import { messageOf, VmmeshError } from "../core/errors.ts";
 import { ipFamily, parseHostPort } from "../core/net.ts";
+import type { Paths } from "../core/paths.ts";
+import { readCaptureState } from "../daemon/captureState.ts";
+import { readState } from "../iptables/apply.ts";
+import { backendWords } from "../iptables/plan/describe.ts";
+import { glimpse, mayReadRules } from "../iptables/trace/glimpse.ts";
 import { type LiveReport, traceLive } from "../iptables/trace/live.ts";
 import type { Protocol } from "../iptables/trace/packet.ts";
 import { resolveSender } from "../iptables/trace/sender.ts";
-import { type Question, type TraceReport, traceStatic } from "../iptables/trace/trace.ts";
+import { packetText, type Question, type TraceReport, traceStatic } from "../iptables/trace/trace.ts";
+import type { Host } from "../platform/host.ts";
 import type { Options } from "./commands.ts";
-import { flag, openContext, print, requireRoot, text, wantsJson } from "./context.ts";
+import { flag, openContext, print, text, wantsJson } from "./context.ts";
 
-/** Exit status 1 if the kernel's own trace contradicts the walk. */
+/** Exit status where the rules cannot be read: less than an answer, and more than an error. */
+const IN_PART = 8;
+
+/** Exit status 1 if the kernel's own trace contradicts the walk, 8 if only what lies around the rules could be told. */
 export async function trace(options: Options): Promise<number> {
-  requireRoot("vmmesh iptables trace reads every program's rules; with --live it");
-  const { host } = openContext(options);
+  const { host, paths } = openContext(options);
   const protocol = text(options, "protocol") as Protocol;
   const to = target(text(options, "to") ?? "", protocol);
   const [as, from] = [text(options, "as"), text(options, "from")];
@@ -40,7 +48,29 @@ export async function trace(options: Options): Promise<number> {
     protocol,
     by: from === undefined ? { sender: await resolveSender(host, as ?? ""), label: as ?? "" } : { from },
   };
-  const report = await traceStatic(host, question);
+  const report = await walk(host, question);
+  if (typeof report === "string") {
+    const facts = [...(await glimpse(host, question)), ...(await ofVmmesh(host, paths))];
+    const next =
+      process.getuid?.() === 0
+        ? "Run it on the machine itself, or give this container CAP_NET_ADMIN."
+        : `Run it with sudo: sudo vmmesh ${process.argv.slice(2).join(" ")}`;
+    const packet = packetText(question);
+    if (wantsJson(options)) print({ packet, rulesRead: false, because: report, facts, next });
+    else
+      print(
+        [
+          packet,
+          "",
+          `Where it goes is not known: the rules cannot be read (${report})${live ? ", and nothing was sent" : ""}.`,
+          "What /proc, /sys and the routes tell, without a single rule:",
+          ...facts.map((fact) => `  ${fact}`),
+          "",
+          next,
+        ].join("\n"),
+      );
+    return IN_PART;
+  }
   const proven = live ? await traceLive(host, question, report) : undefined;
   if (wantsJson(options))
     print({
@@ -53,6 +83,33 @@ export async function trace(options: Options): Promise<number> {
     });
   else print(tell(report, proven));
   return typeof proven === "object" && !proven.agrees ? 1 : 0;
+}
+
+/** @returns why not, where the rules cannot be read */
+async function walk(host: Host, question: Question): Promise<TraceReport | string> {
+  if (!(await mayReadRules(host.files))) return "this process has no CAP_NET_ADMIN";
+  try {
+    return await traceStatic(host, question);
+  } catch (thrown) {
+    if (!(thrown instanceof VmmeshError) || thrown.code !== "RULES_PRIVILEGE") throw thrown;
+    return thrown.cause === undefined ? thrown.message : messageOf(thrown.cause);
+  }
+}
+
+/** What vmmesh itself has written down, as far as this user may read it. */
+async function ofVmmesh({ files }: Host, at: Paths): Promise<string[]> {
+  const seen = await readCaptureState(files, at);
+  const recorded = await readState(files, at.rules, "confirmed").catch(() => undefined);
+  return [
+    seen.inForce
+      ? `vmmesh's rules were in force when it last looked: inbound ${seen.inbound}; outbound ${seen.outbound} (${at.captureState})`
+      : `vmmesh has written down no rules in force (${at.captureState})`,
+    ...(recorded === undefined
+      ? []
+      : [
+          `it has recorded what it applied: ${backendWords(recorded.state.plan)} (${recorded.here}/plan.json)`,
+        ]),
+  ];
 }
 
 function target(value: string, protocol: Protocol): Question["to"] {

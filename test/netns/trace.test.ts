@@ -1,10 +1,14 @@
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { dirname } from "node:path";
+import { setTimeout } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { TRACE_TABLE, traceLive } from "../../agent/iptables/trace/live.ts";
 import { type Question, traceStatic } from "../../agent/iptables/trace/trace.ts";
 import { quick } from "../prove/lane.ts";
 import { proof } from "../prove/trace.ts";
 import { eventually, Lab, MACHINE, REMOTE, SERVICE, UID } from "./lab.ts";
+import { Dice } from "./rulesets.ts";
 
 test("what the walk says is what the kernel does (quick scale of the proof)", async () => {
   await quick(proof);
@@ -83,32 +87,76 @@ describe("on a machine with capture", () => {
     expect(await traceLive(lab.host, question, report)).toMatchObject({ agrees: true });
   });
 
+  /** The command in a mount namespace where any user may read it. */
+  const traceAs = async (user: string): Promise<{ code: number; stdout: string; stderr: string }> =>
+    await lab.inside([
+      "sh",
+      "-ec",
+      `mount -t tmpfs none /mnt; mkdir /mnt/vmmesh /mnt/node; chmod 755 /mnt
+       mount --bind "$1" /mnt/vmmesh; mount --bind "$2" /mnt/node
+       exec setpriv ${user} /mnt/node/node /mnt/vmmesh/agent/main.ts iptables trace --output json --to ${MACHINE.ip}:9001 --as nobody`,
+      "sh",
+      new URL("../..", import.meta.url).pathname,
+      dirname(process.execPath),
+    ]);
+
+  test.each([
+    [
+      "an ordinary user",
+      "--reuid 65534 --regid 65534 --clear-groups --no-new-privs",
+      "sudo vmmesh iptables trace",
+    ],
+    ["root without CAP_NET_ADMIN", "--bounding-set -net_admin --inh-caps -net_admin", "CAP_NET_ADMIN"],
+  ])("%s hears what lies around the rules, and that it is not the rules", async (_who, user, next) => {
+    await lab.populate();
+    await lab.install();
+    const before = await lab.firewall();
+    const { code, stdout, stderr } = await traceAs(user);
+    expect(code, stderr).toBe(8);
+    const report = JSON.parse(stdout) as {
+      rulesRead: boolean;
+      because: string;
+      facts: string[];
+      next: string;
+    };
+    expect(report).toMatchObject({ rulesRead: false, because: "this process has no CAP_NET_ADMIN" });
+    expect(report.next).toContain(next);
+    expect(report.facts).toEqual(
+      expect.arrayContaining([
+        expect.stringMatching(
+          new RegExp(
+            `^by the routes alone it would stay on this machine, where .+ listens.* on ${MACHINE.ip}:9001$`,
+          ),
+        ),
+        expect.stringMatching(/ listens on 15001, Envoy's outbound port$/),
+        expect.stringContaining("/proc/net/ip_tables_names"),
+        expect.stringContaining("nobody is uid 65534"),
+        expect.stringContaining("/run/vmmesh-capture.json"),
+      ]),
+    );
+    expect(await lab.firewall()).toEqual(before);
+  });
+
   const tables = async (): Promise<string> => (await lab.inside(["nft", "list", "tables"])).stdout;
 
-  /** The command itself, at work on a connection that nobody answers. */
+  /** The command itself, in a process group of its own. */
+  const live = (where: Lab, to: string): ChildProcess =>
+    spawn(
+      "ip",
+      [
+        ...["netns", "exec", where.machine, process.execPath],
+        new URL("../../agent/main.ts", import.meta.url).pathname,
+        ...["iptables", "trace", "--to", to, "--as", String(UID.app), "--live"],
+      ],
+      { stdio: "ignore", detached: true },
+    );
+
+  /** At work on a connection that nobody answers. */
   async function tracing(): Promise<{ pid: number }> {
     await lab.insideShell(
       `nft add table ip site; nft 'add chain ip site out { type filter hook output priority 0; }'; nft add rule ip site out tcp dport 81 drop`,
     );
-    const main = new URL("../../agent/main.ts", import.meta.url).pathname;
-    const child = spawn(
-      "ip",
-      [
-        "netns",
-        "exec",
-        lab.machine,
-        process.execPath,
-        main,
-        "iptables",
-        "trace",
-        "--to",
-        `${SERVICE.ip}:81`,
-        "--as",
-        String(UID.app),
-        "--live",
-      ],
-      { stdio: "ignore" },
-    );
+    const child = live(lab, `${SERVICE.ip}:81`);
     await eventually(async () => (await tables()).includes(TRACE_TABLE), 10_000);
     return { pid: child.pid ?? 0 };
   }
@@ -130,5 +178,39 @@ describe("on a machine with capture", () => {
     for (const holder of holders) process.kill(holder, "SIGKILL");
     await eventually(async () => !(await tables()).includes(TRACE_TABLE), 1000);
     process.kill(pid, "SIGKILL");
+  });
+
+  test("one trace at a time: the second one says so and leaves the first alone", async () => {
+    const { pid } = await tracing();
+    const second = await traceLive(lab.host, asUser(UID.app, SERVICE.ip, 81), { ends: [] });
+    expect(second).toContain("another `vmmesh iptables trace --live` is at work");
+    process.kill(-pid, "SIGKILL");
+  });
+
+  test("killed twenty times at any moment, alone or with its children, nothing stays behind", async () => {
+    await using other = await Lab.make();
+    await Promise.all(
+      [lab, other].map(async (where, seed) => {
+        await where.populate();
+        const before = await where.firewall();
+        const dice = new Dice(seed);
+        for (let kill = 0; kill < 10; kill++) {
+          const child = live(where, `${REMOTE.ip}:80`);
+          const ended = once(child, "exit");
+          await Promise.race([ended, setTimeout(dice.below(1500))]);
+          if (child.exitCode === null) process.kill((kill % 2 ? 1 : -1) * (child.pid ?? 0), "SIGKILL");
+          await ended;
+          await eventually(async () => !(await where.firewall()).join("\n").includes("vmmesh-trace"), 10_000);
+        }
+        expect(await where.firewall()).toEqual(before);
+        await eventually(
+          async () =>
+            !/nft|setpriv/.test(
+              await where.insideShell(`ip netns pids ${where.machine} | xargs -r ps -o args= -p`),
+            ),
+          10_000,
+        );
+      }),
+    );
   });
 });

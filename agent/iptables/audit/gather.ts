@@ -16,6 +16,7 @@ import {
 import { renderPlan } from "../render.ts";
 import { missingRouting } from "../routing.ts";
 import { CHAIN, type Family } from "../rules.ts";
+import { mayReadRules } from "../trace/glimpse.ts";
 import { nftTables, restoreCommand } from "../undo.ts";
 import type { Evidence, Save } from "./evidence.ts";
 import { inputOf } from "./input.ts";
@@ -70,7 +71,8 @@ export async function gather(host: Gathers, rulesDir: string | undefined): Promi
 }
 
 async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<Evidence> {
-  await checkPrivilege(host);
+  if (!(await mayReadRules(host.files)))
+    throw new VmmeshError("RULES_PRIVILEGE", "this process has no CAP_NET_ADMIN");
   const confirmed =
     rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state;
   const plan = confirmed?.plan;
@@ -158,15 +160,6 @@ async function dormantTables(
     ...(await Promise.all(shared.map(async (name) => [name, await listNftTable(host, name)] as const))),
   ];
   return texts.flatMap(([name, text]) => (/^\s*flags [^;\n]*dormant/m.test(text ?? "") ? [name] : []));
-}
-
-async function checkPrivilege(host: Reads): Promise<void> {
-  const status = (await host.files.readText("/proc/self/status")) ?? "";
-  const effective = BigInt(`0x${/^CapEff:\s*([0-9a-f]+)/m.exec(status)?.[1] ?? "0"}`);
-  // CAP_NET_ADMIN is bit 12 (capability.h).
-  if ((effective & (1n << 12n)) === 0n) {
-    throw new VmmeshError("RULES_PRIVILEGE", "this process has no CAP_NET_ADMIN");
-  }
 }
 
 const OUR_CHAINS: ReadonlySet<string> = new Set(Object.values(CHAIN));

@@ -21,6 +21,7 @@ export const TRACE_TABLE = "inet vmmesh-trace";
 /**
  * The table belongs to `nft -i` (flag owner), which lives as long as the pipe into it; the attempt is what keeps that pipe
  * open. Whoever of them is killed, and however, the table goes with it, and after eight seconds in any case.
+ * A chain named after this shell says that the table is the one of this very trace, and not of another one at work.
  * $1 commands for nft, $2 uid, $3 gid, $4 tcp or udp, $5 address, $6 port.
  */
 const SCRIPT = `
@@ -28,11 +29,14 @@ exec 3>&2
 timeout 8 nft monitor trace &
 monitor=$!
 {
-  printf '%s\\n' "$1"
+  printf '%s\\n' "$1" "add chain ${TRACE_TABLE} of$$"
   tries=0
-  until nft list chain ${TRACE_TABLE} input >/dev/null 2>&1; do
+  until nft list chain ${TRACE_TABLE} "of$$" >/dev/null 2>&1; do
     tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || exit 1
+    if [ "$tries" -ge 100 ]; then
+      nft list chain ${TRACE_TABLE} input >/dev/null 2>&1 && printf 'the table is taken\\n' >&3
+      exit 1
+    fi
     sleep 0.02
   done
   # Nobody says when the monitor has subscribed.
@@ -55,7 +59,7 @@ true
 export async function traceLive(
   host: Pick<Host, "run">,
   question: Question,
-  report: TraceReport,
+  report: Pick<TraceReport, "ends">,
 ): Promise<LiveReport | string> {
   if (!("sender" in question.by)) return "a connection from outside cannot be made from here";
   if ((await tryRun(host, { argv: ["nft", "--version"] }))?.code !== 0)
@@ -78,6 +82,8 @@ export async function traceLive(
     ],
     timeoutMs: 20_000,
   });
+  if (result.stderr.includes("the table is taken"))
+    return "another `vmmesh iptables trace --live` is at work; it takes ten seconds at most";
   if (!result.stderr.includes("attempt ended"))
     return "the kernel did not take the trace table; it needs nf_tables with owned tables (Linux 5.12) and CAP_NET_ADMIN";
   return parseLive(result.stdout, result.stderr, protocol, report);

@@ -45,19 +45,28 @@ export async function openTrace(host: Reads, family: Family): Promise<Trace> {
   const listing = await readListing(host, family);
   const saves = `${listing.nftSave}\n${listing.legacySave}`;
   const lists = [...saves.matchAll(/-m recent .*?--name (\S+)/g)];
+  const open = await openWorld(host, family, {
+    recentLists: [...new Set(lists.map(([, name = ""]) => name))],
+    ipSets: saves.includes("--match-set"),
+  });
+  return { ...open, rules: buildRuleset(listing, family) };
+}
+
+/** Everything but the rules: any user may read it. @param asked what of it the rules ask for */
+export async function openWorld(
+  host: Reads,
+  family: Family,
+  asked: Parameters<typeof readWorld>[1],
+): Promise<Omit<Trace, "rules">> {
   const sysctl = async (name: string): Promise<string> =>
     (await tryRun(host, { argv: ["sysctl", "-n", name] }))?.stdout.trim() ?? "";
   const [machine, forwarding, range] = await Promise.all([
-    readWorld(host, {
-      recentLists: [...new Set(lists.map(([, name = ""]) => name))],
-      ipSets: saves.includes("--match-set"),
-    }),
+    readWorld(host, asked),
     sysctl(family === 4 ? "net.ipv4.ip_forward" : "net.ipv6.conf.all.forwarding"),
     sysctl("net.ipv4.ip_local_port_range"),
   ]);
   const [low, high] = range.split(/\s+/).map(Number);
   return {
-    rules: buildRuleset(listing, family),
     machine,
     forwards: forwarding === "1",
     ephemeral: { low: low || 32_768, high: high || 60_999 },
@@ -145,10 +154,9 @@ function report(question: Question, groups: readonly (readonly Way[])[]): TraceR
   const ends = groups.flatMap(([first]) => (first === undefined ? [] : [ending(first)]));
   const because = [...new Set(groups.flatMap((group) => group.flatMap((each) => each.because)))];
   const certain = ends.length === 1 && !groups.some((group) => isCut(group));
-  const by = "sender" in question.by ? `of ${question.by.label}` : `from ${question.by.from}`;
   const [only] = ends;
   return {
-    packet: `${question.protocol} ${by} to ${question.protocol === "icmp" ? question.to.address : `${bracketed(question.to.address)}:${question.to.port}`}`,
+    packet: packetText(question),
     verdict:
       certain && only !== undefined
         ? only.verdict
@@ -157,6 +165,11 @@ function report(question: Question, groups: readonly (readonly Way[])[]): TraceR
     because: certain ? [] : because,
     ends,
   };
+}
+
+export function packetText({ protocol, by, to }: Question): string {
+  const target = protocol === "icmp" ? to.address : `${bracketed(to.address)}:${to.port}`;
+  return `${protocol} ${"sender" in by ? `of ${by.label}` : `from ${by.from}`} to ${target}`;
 }
 
 /** Ways that were given up because there are too many. */
