@@ -9,6 +9,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { envoy, machineTree, packageLayer } from "./build.ts";
+import { cgroupOf, removeCgroup } from "./cgroup.ts";
 import { netnsOf } from "./controlplane.ts";
 import { exclusively } from "./lock.ts";
 import { ADDRESS, ENVOY, ISTIO_BIN, KUBE_BIN, RELEASE } from "./parts.ts";
@@ -64,6 +65,11 @@ export class Machine {
     const pid = initOf(this.id, this.name);
     if (pid === undefined) throw new Error(`machine ${this.name} does not run`);
     return pid;
+  }
+
+  /** Folder of the cgroup that holds every process of the machine, but for what `exec` starts. */
+  get cgroup(): string {
+    return `${cgroupOf(this.id, this.name)}/payload`;
   }
 
   /** Runs argv, or a line for /bin/sh, in the machine as root. */
@@ -285,6 +291,7 @@ async function remove(id: string, name: string): Promise<void> {
     return undefined;
   });
   rmSync(at, { recursive: true, force: true });
+  removeCgroup(cgroupOf(id, name));
   changeState(id, (state) => {
     const { [name]: _gone, ...machines } = state.machines;
     return { ...state, machines };

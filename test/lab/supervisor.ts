@@ -1,4 +1,5 @@
 import { type ChildProcess, spawn } from "node:child_process";
+import { cgroupOf, enterCgroup } from "./cgroup.ts";
 import { connect, initOf } from "./machine.ts";
 import { sleep } from "./sh.ts";
 import { folderOf } from "./state.ts";
@@ -18,6 +19,7 @@ process.on("SIGTERM", () => {
   setTimeout(() => child?.kill("SIGKILL"), 8000).unref();
 });
 
+enterCgroup(cgroupOf(id, name));
 while (!ending) {
   const machine = spawn(
     "systemd-nspawn",
