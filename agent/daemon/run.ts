@@ -413,7 +413,14 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
             scope,
           ),
       },
-      { name: "xds", onFailure: "stop-all", run: (scope) => relay.run(scope, release("xds")) },
+      {
+        name: "xds",
+        onFailure: "stop-all",
+        run: (scope) => {
+          svids.subscribe(() => relay.retryNow(), scope);
+          return relay.run(scope, release("xds"));
+        },
+      },
       {
         name: "dns",
         onFailure: "restart",

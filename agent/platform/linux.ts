@@ -259,7 +259,8 @@ async function startTime(pid: number): Promise<string> {
 const clock: Clock = {
   now: () => new Date(),
   monotonicMs: () => performance.now(),
-  sleep: (ms, signal) => sleep(ms, undefined, signal === undefined ? {} : { signal }),
+  // A deadline that has passed meanwhile is a negative wait, of which Node warns.
+  sleep: (ms, signal) => sleep(Math.max(0, ms), undefined, signal === undefined ? {} : { signal }),
 };
 
 function listen(

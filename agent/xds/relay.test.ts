@@ -137,6 +137,8 @@ let running: Promise<void>;
 const envoys: FakeEnvoy[] = [];
 let names: Inbox<readonly string[]>;
 let first: readonly GrpcTarget[];
+/** No istiod answers, and who pauses, pauses for an hour. */
+let away: boolean;
 
 function envoy(): FakeEnvoy {
   const it = new FakeEnvoy(socket);
@@ -148,6 +150,7 @@ beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), "vmmesh-relay-"));
   socket = join(folder, "xds.sock");
   [streams, asked, events, names, first] = [new Inbox(), new Inbox(), new Inbox(), new Inbox(), []];
+  away = false;
   istiod = await startIstiod({
     [ADS]: (stream) => {
       streams.put(stream);
@@ -156,13 +159,19 @@ beforeEach(async () => {
   });
   const host = linuxHost();
   relay = new AdsRelay({
-    host,
+    host: {
+      ...host,
+      clock: {
+        ...host.clock,
+        sleep: (ms, signal) => host.clock.sleep(away ? 3_600_000 : ms, signal),
+      },
+    },
     listen: (onConnection) => host.net.listenUnix(socket, { mode: 0o600 }, onConnection),
     upstreams: async () => [
       ...first,
       {
         address: "127.0.0.1",
-        port: istiod.port,
+        port: away ? 1 : istiod.port,
         serverName: SERVER_NAME,
         rootCert: istiod.authority.rootPem,
         metadata: { clusterid: "Kubernetes" },
@@ -266,6 +275,16 @@ describe("towards istiod", () => {
     envoy().send(request(TYPE_URL.cluster, { node: NODE }));
     const stream = await streams.next();
     stream.send(response(TYPE_URL.cluster, "1", ["a"]));
+    expect(await event("connected")).toMatchObject({ address: `127.0.0.1:${istiod.port}` });
+  });
+
+  test("with a new credential the next attempt is at once, however long it would have been put off", async () => {
+    away = true;
+    envoy().send(request(TYPE_URL.cluster, { node: NODE }));
+    await event("unreachable");
+    away = false;
+    relay.retryNow();
+    (await streams.next()).send(response(TYPE_URL.cluster, "1", ["a"]));
     expect(await event("connected")).toMatchObject({ address: `127.0.0.1:${istiod.port}` });
   });
 });

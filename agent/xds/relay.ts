@@ -117,6 +117,8 @@ export class AdsRelay {
   #health: Health | undefined;
   #wantsUpstream = Promise.withResolvers<void>();
   #withdrawn = false;
+  /** Aborted: the pause before the next attempt is over. */
+  #retry = new AbortController();
   #connectedTo: string | undefined;
   #since: Date | undefined;
   #lastError: string | undefined;
@@ -168,6 +170,11 @@ export class AdsRelay {
   withdraw(): void {
     this.#withdrawn = true;
     this.#upstream?.close();
+  }
+
+  /** Whoever waits for the next attempt waits no more: what istiod did not accept has changed. */
+  retryNow(): void {
+    this.#retry.abort();
   }
 
   /** Is `address` among the endpoints that istiod has told this machine of? */
@@ -361,12 +368,15 @@ export class AdsRelay {
         continue;
       }
       const retryInMs = waits.next().value;
+      this.#retry = new AbortController();
+      const pause = AbortSignal.any([signal, this.#retry.signal]);
       if (failure !== undefined && !this.#withdrawn) {
         this.#lastError = messageOf(failure);
         this.#deps.onEvent({ kind: "unreachable", error: failure, retryInMs });
         this.#unreachable.resolve();
       }
-      await clock.sleep(retryInMs, signal).catch(() => undefined);
+      await clock.sleep(retryInMs, pause).catch(() => undefined);
+      if (this.#retry.signal.aborted) waits = backoff(uniform);
     }
   }
 

@@ -22,6 +22,8 @@ export interface Row {
   readonly end: string;
   /** What shows that the fault has really happened. */
   readonly happened: string;
+  /** A promise beside the requests that was not kept, in words: memory that grew, a wrong word on health. */
+  readonly unmet?: string;
 }
 
 /** One fault: its own file in `faults/`. It leaves the stage as it found it, also when it fails. */
@@ -33,5 +35,6 @@ export interface Fault {
 }
 
 /** Whether ours has kept its promise; the peer's rows hold none. */
-export const holds = ({ side, requests, lost, allowed, recoverMs }: Row): boolean =>
-  side === "peer" || (requests > 0 && lost <= (allowed ?? 0) && recoverMs !== undefined);
+export const holds = ({ side, requests, lost, allowed, recoverMs, unmet }: Row): boolean =>
+  side === "peer" ||
+  (requests > 0 && lost <= (allowed ?? 0) && recoverMs !== undefined && unmet === undefined);

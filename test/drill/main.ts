@@ -30,9 +30,9 @@ if (broken.length > 0) process.stderr.write(`could not be done: ${broken.join(",
 process.exitCode = broken.length > 0 || !rows.every(holds) ? 1 : 0;
 
 function line(row: Row): string {
-  const { fault, side, requests, lost, allowed, because, recoverMs, end } = row;
+  const { fault, side, requests, lost, allowed, because, recoverMs, end, happened, unmet } = row;
   const most = allowed === undefined ? "" : ` (allowed ${allowed}${because === "" ? "" : `: ${because}`})`;
   const verdict = side === "peer" ? "" : holds(row) ? "holds; " : "DOES NOT HOLD; ";
   const back = recoverMs === undefined ? "never well again" : `well after ${Math.round(recoverMs)} ms`;
-  return `${fault.padEnd(28)} ${side.padEnd(7)} ${lost} of ${requests} lost${most}, ${back}; ${verdict}${end}\n`;
+  return `${fault.padEnd(28)} ${side.padEnd(7)} ${lost} of ${requests} lost${most}, ${back}; ${verdict}${unmet === undefined ? "" : `NOT KEPT: ${unmet}; `}${end} (${happened})\n`;
 }

@@ -10,6 +10,15 @@ export interface Allowance {
 
 export const NOTHING: Allowance = { allowed: 0, because: "" };
 
+/**
+ * istiod withdraws a machine that it does not hear from (after 10 s without its stream, or 20 s of silence and those 10). When
+ * that is back, so long at most until the others have been told.
+ */
+export const LISTED_AGAIN_MS = 3_000;
+
+/** What is asked of a machine when it is well again and nobody asks it any more: how it ended, and what it has not kept. */
+export type After = (target: Target) => Promise<Pick<Row, "unmet"> & { readonly end?: string }>;
+
 /** Requests go on for so long before a fault: a loss counts against it only if all was well before. */
 const BEFORE_MS = 1_000;
 
@@ -26,7 +35,16 @@ export async function underLoad(
     rate = 200,
     allowance = () => NOTHING,
     wellWithinMs = 60_000,
-  }: { rate?: number; allowance?: (target: Target, seen: Seen) => Allowance; wellWithinMs?: number } = {},
+    well = (target) => stage.well(target, wellWithinMs),
+    after = async () => ({}),
+  }: {
+    rate?: number;
+    allowance?: (target: Target, seen: Seen) => Allowance;
+    wellWithinMs?: number;
+    /** Resolves when all is well again; rejects if it never is. */
+    well?: (target: Target) => Promise<void>;
+    after?: After;
+  } = {},
 ): Promise<Row[]> {
   const loads = targets.map((target) => ({ target, load: stage.load(target, rate) }));
   try {
@@ -36,7 +54,7 @@ export async function underLoad(
     const ended = Date.now();
     return await Promise.all(
       loads.map(async ({ target, load }): Promise<Row> => {
-        const isWell = await stage.well(target, wellWithinMs).then(
+        const isWell = await well(target).then(
           () => true,
           () => false,
         );
@@ -45,6 +63,8 @@ export async function underLoad(
         if (seen.firstLoss !== undefined && seen.firstLoss < begun - 100)
           throw new Error(`${target.url} lost requests before ${fault}: ${words(seen)}`);
         const { allowed, because } = allowance(target, seen);
+        const { end, unmet } = await after(target);
+        const losses = seen.lost === 0 ? "no request was lost" : words(seen);
         return {
           fault,
           side: target.side,
@@ -53,8 +73,9 @@ export async function underLoad(
           allowed: target.side === "peer" ? undefined : allowed,
           because,
           recoverMs: isWell ? recovery(seen, ended, wellAt) : undefined,
-          end: seen.lost === 0 ? "no request was lost" : words(seen),
+          end: end === undefined ? losses : `${losses}; ${end}`,
           happened,
+          ...(unmet === undefined ? {} : { unmet }),
         };
       }),
     );

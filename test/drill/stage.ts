@@ -16,6 +16,7 @@ import { packageFile } from "../vm/package.ts";
 import type { Side } from "./fault.ts";
 
 const PORT = 9080;
+const PROGRAM = new URL("../lab/load.mjs", import.meta.url).pathname;
 
 /** What a client outside the machine has seen. */
 export interface Seen {
@@ -109,34 +110,78 @@ export class Stage {
 
   /** A client outside the machine, an ordinary user, until it is stopped. @param rate requests a second */
   load({ url }: Target, rate = 200): Load {
-    const argv = ["-t", String(this.client.pid), "-a", ...loadCommand(url, rate)];
-    const child = spawn("nsenter", argv);
-    let stopped: Promise<Seen> | undefined;
-    return {
-      stop: () => {
-        stopped ??= stopLoad(child);
-        return stopped;
-      },
-    };
+    return startLoad(["nsenter", "-t", String(this.client.pid), "-a", ...loadCommand(url, rate)]);
   }
 
-  /** Until requests are answered without an error for a second, and, on our side, the agent says that it is well. */
-  async well({ machine, side, url }: Target, timeoutMs = 60_000): Promise<void> {
+  /** Plain text to the application's own port, from outside the mesh: each that is answered came past Envoy. */
+  plainText({ machine }: Target, rate = 100): Load {
+    const url = `http://${machine.ip}:${PORT}/`;
+    return startLoad(["ip", "netns", "exec", this.lab.netns, process.execPath, PROGRAM, url, String(rate)]);
+  }
+
+  /**
+   * Until requests are answered without an error for a second, the machine is connected to the control plane, and, on our
+   * side, no condition is an error.
+   */
+  async well(target: Target, timeoutMs = 60_000): Promise<void> {
     await waitFor(
-      `${url} to be well`,
-      async () => {
-        const { code } = await this.client.exec(
-          `for i in 1 2 3 4 5; do curl -sf -m 2 -o /dev/null ${url} || exit 1; sleep 0.2; done`,
-          { allowFail: true },
-        );
-        if (code !== 0) return undefined;
-        if (side === "peer") return true;
-        return (await machine.exec("vmmesh status", { allowFail: true })).code === 0 ? true : undefined;
-      },
+      `${target.url} to be well`,
+      async () => ((await this.answers(target)) && (await isConnected(target)) ? true : undefined),
       timeoutMs,
       100,
     );
   }
+
+  /** Five requests in a row, over a second. */
+  async answers({ url }: Target): Promise<boolean> {
+    const { code } = await this.client.exec(
+      `for i in 1 2 3 4 5; do curl -sf -m 2 -o /dev/null ${url} || exit 1; sleep 0.2; done`,
+      { allowFail: true },
+    );
+    return code === 0;
+  }
+}
+
+/** Our agent says itself that it has a stream to istiod; of the peer's it is known that its connection stands. */
+export async function isConnected({ machine, side }: Target): Promise<boolean> {
+  if (side === "peer") {
+    const { stdout } = await machine.exec("ss -Htnp state established '( dport = :15012 )'", {
+      allowFail: true,
+    });
+    return stdout.includes("pilot-agent");
+  }
+  const { code, controlPlane } = await statusOf(machine);
+  return code === 0 && controlPlane?.address !== undefined;
+}
+
+export interface Status {
+  /** 0: no condition is an error. */
+  readonly code: number;
+  readonly controlPlane?: { readonly address?: string };
+  readonly identity?: { readonly notAfter: string };
+  readonly conditions: readonly {
+    readonly id: string;
+    readonly severity: string;
+    readonly message: string;
+    readonly next: string;
+  }[];
+}
+
+/** What our agent says of itself; nothing but an exit code while there is none to ask. */
+export async function statusOf(machine: Machine): Promise<Status> {
+  const { code, stdout } = await machine.exec("vmmesh status --output json", { allowFail: true });
+  return { conditions: [], ...(JSON.parse(stdout || "{}") as Partial<Status>), code };
+}
+
+function startLoad([program = "", ...argv]: readonly string[]): Load {
+  const child = spawn(program, argv);
+  let stopped: Promise<Seen> | undefined;
+  return {
+    stop: () => {
+      stopped ??= stopLoad(child);
+      return stopped;
+    },
+  };
 }
 
 async function stopLoad(child: ChildProcessWithoutNullStreams): Promise<Seen> {
