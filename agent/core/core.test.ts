@@ -4,6 +4,7 @@ import { backoff } from "./backoff.ts";
 import { describeError, VmmeshError } from "./errors.ts";
 import { ipFamily, isRoutable, parseCidr, parseHostPort } from "./net.ts";
 import { Latest } from "./signals.ts";
+import { inSlices } from "./slices.ts";
 import { formatSpiffe, parseSpiffe } from "./spiffe.ts";
 import { supervise } from "./supervise.ts";
 import { formatDuration, parseDuration } from "./time.ts";
@@ -181,4 +182,26 @@ test("Latest gives the present value to who comes late, and the next to who wait
   scope.abort();
   latest.set(3);
   expect(seen).toEqual([1, 2]);
+});
+
+test("work in slices lets others have their turn, and gives its result or its error", async () => {
+  let nowMs = 0;
+  let turns = 0;
+  const clock = {
+    monotonicMs: () => nowMs,
+    sleep: async () => {
+      turns += 1;
+    },
+  };
+  function* work(broken: boolean): Generator<undefined, string> {
+    for (let step = 0; step < 20; step += 1) {
+      nowMs += 1;
+      yield;
+    }
+    if (broken) throw new Error("malformed");
+    return "done";
+  }
+  expect(await inSlices(work(false), clock)).toBe("done");
+  expect(turns).toBe(4);
+  await expect(inSlices(work(true), clock)).rejects.toThrow("malformed");
 });

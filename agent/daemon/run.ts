@@ -2,11 +2,12 @@ import { uniformFrom } from "../core/backoff.ts";
 import { messageOf, type VmmeshError } from "../core/errors.ts";
 import { type Paths, PORTS } from "../core/paths.ts";
 import { aborted, Latest } from "../core/signals.ts";
+import { inSlices } from "../core/slices.ts";
 import { supervise } from "../core/supervise.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { VERSION } from "../core/version.ts";
 import { leaseBeat, serveDns } from "../dns/server.ts";
-import { buildTable, type DnsTable } from "../dns/table.ts";
+import { type DnsTable, tableInSteps } from "../dns/table.ts";
 import { Upstreams } from "../dns/upstream.ts";
 import { EnvoyAdmin } from "../envoy/admin.ts";
 import { LEASE, renderBootstrap } from "../envoy/bootstrap.ts";
@@ -234,11 +235,12 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     },
     ...(workload.dnsCapture
       ? {
-          onNameTable: (table) => {
-            const built = buildTable(table, {
+          onNameTable: async (table) => {
+            const steps = tableInSteps(table, {
               proxyDomain: "svc.cluster.local",
               namespace: workload.namespace,
             });
+            const built = await inSlices(steps, host.clock);
             metrics.dnsNames.set(built.names.size);
             dnsTable.set(built);
           },

@@ -32,22 +32,49 @@ export interface TableOptions {
  * The table to answer from. A host's own name always wins over a name derived from another host; entries without a
  * usable address are left out, so that they are forwarded instead of answered with nothing.
  */
-export function buildTable(entries: ReadonlyMap<string, NameEntry>, options: TableOptions): DnsTable {
+export function buildTable(
+  entries: Iterable<readonly [host: string, entry: NameEntry]>,
+  options: TableOptions,
+): DnsTable {
+  const steps = tableInSteps(entries, options);
+  for (;;) {
+    const step = steps.next();
+    if (step.done === true) return step.value;
+  }
+}
+
+/** The same, with a pause after each host: tens of thousands at once would keep every question waiting. */
+export function* tableInSteps(
+  entries: Iterable<readonly [host: string, entry: NameEntry]>,
+  options: TableOptions,
+): Generator<undefined, DnsTable> {
   const names = new Map<string, Addresses>();
   const derived: [string, Addresses][] = [];
   for (const [host, entry] of entries) {
-    const addresses = {
-      v4: entry.ips.filter((ip) => ipFamily(ip) === 4),
-      v6: entry.ips.filter((ip) => ipFamily(ip) === 6),
-    };
-    if (addresses.v4.length + addresses.v6.length === 0) continue;
+    yield;
     const own = ownName(host, entry);
-    if (own === undefined) continue;
+    const addresses = byFamily(entry.ips);
+    if (own === undefined || addresses === undefined) continue;
     names.set(own, addresses);
     for (const name of derivedNames(host, entry, options)) derived.push([name, addresses]);
   }
-  for (const [name, addresses] of derived) if (!names.has(name)) names.set(name, addresses);
+  for (const [name, addresses] of derived) {
+    yield;
+    if (!names.has(name)) names.set(name, addresses);
+  }
   return { names };
+}
+
+/** undefined if there is no usable one. */
+function byFamily(ips: readonly string[]): Addresses | undefined {
+  const v4: string[] = [];
+  const v6: string[] = [];
+  for (const ip of ips) {
+    const family = ipFamily(ip);
+    if (family === 4) v4.push(ip);
+    else if (family === 6) v6.push(ip);
+  }
+  return v4.length + v6.length === 0 ? undefined : { v4, v6 };
 }
 
 /** A Kubernetes host that already ends in a dot gets no name, as in Istio. */

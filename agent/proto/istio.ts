@@ -1,4 +1,4 @@
-import { BinaryWriter, put, readMapEntry, readMessage, WireType } from "./wire.ts";
+import { BinaryReader, BinaryWriter, put, readMapEntry, readMessage, WireType } from "./wire.ts";
 
 /** istio.v1.auth.IstioCertificateRequest: csr 1 (PEM), validity_duration 3 (seconds), metadata 4 (Struct). */
 export function writeCertificateRequest(
@@ -40,16 +40,21 @@ export interface NameInfo {
   readonly altHosts: readonly string[];
 }
 
-/** istio.networking.nds.v1.NameTable: host → addresses; always the whole table. */
-export function readNameTable(bytes: Uint8Array): Map<string, NameInfo> {
-  const table = new Map<string, NameInfo>();
-  readMessage(bytes, (field, reader) => {
-    if (field !== 1) return false;
-    const { key, value } = readMapEntry(reader.bytes());
-    table.set(key, readNameInfo(value));
-    return true;
-  });
-  return table;
+/**
+ * istio.networking.nds.v1.NameTable: host → addresses; always the whole table. Read as it is walked, one host at a time:
+ * with 10,000 of them it has a megabyte.
+ *
+ * @throws {Error} where the walk meets a truncated or malformed host; those before it were handed out
+ */
+export function* readNameTable(bytes: Uint8Array): Generator<readonly [host: string, info: NameInfo]> {
+  const reader = new BinaryReader(bytes);
+  while (reader.pos < reader.len) {
+    const [field, wireType] = reader.tag();
+    if (field === 1) {
+      const { key, value } = readMapEntry(reader.bytes());
+      yield [key, readNameInfo(value)];
+    } else reader.skip(wireType, field);
+  }
 }
 
 function readNameInfo(bytes: Uint8Array): NameInfo {

@@ -178,7 +178,7 @@ beforeEach(async () => {
       },
     ],
     inboundPorts: [],
-    onNameTable: (table) => names.put([...table.keys()]),
+    onNameTable: async (table) => names.put([...table].map(([host]) => host)),
     onEvent: (event) => events.put(event),
   });
   stop = new AbortController();
@@ -392,7 +392,7 @@ describe("a start without a control plane", () => {
           metadata: {},
         },
       ],
-      onNameTable: (table) => tables.put([...table.keys()]),
+      onNameTable: async (table) => tables.put([...table].map(([host]) => host)),
       lastGood: new LastGoodFile({
         host,
         path: join(folder, "last-good"),

@@ -80,8 +80,11 @@ export interface RelayDeps {
   listen(onConnection: (socket: Duplex) => void): Promise<Listener>;
   /** Where to dial, with credentials of this moment; tried in order. */
   upstreams(): Promise<readonly GrpcTarget[]>;
-  /** Ask istiod for the mesh's names; each new table is handed over. */
-  readonly onNameTable?: (table: ReadonlyMap<string, NameInfo>) => void;
+  /**
+   * Ask istiod for the mesh's names; each new table is handed over, one after the other. It is decoded as it is walked: the
+   * error of a walk through what is no table is to be passed on, and istiod is told.
+   */
+  readonly onNameTable?: (table: Iterable<readonly [host: string, info: NameInfo]>) => Promise<void>;
   /** Ports that this workload serves: each has an inbound cluster once istiod has registered it and a Service selects it. */
   readonly inboundPorts?: readonly number[];
   /** What else Envoy may call on that socket: method path → what to do with a stream. */
@@ -127,6 +130,7 @@ export class AdsRelay {
   #stripped = "";
   #staleSince: Date | undefined;
   #names: Resource | undefined;
+  #namesInUse: Promise<void> = Promise.resolve();
   readonly #unreachable = Promise.withResolvers<void>();
 
   constructor(deps: RelayDeps) {
@@ -221,8 +225,8 @@ export class AdsRelay {
     this.#staleSince = found.savedAt;
     this.#deps.onEvent({ kind: "restored", savedAt: found.savedAt });
     const [names] = found.types.get(TYPE_URL.nameTable) ?? [];
-    if (names !== undefined) this.#useNames(names);
     this.#carryOut(this.#cache.restore(configurationOf(found.types)));
+    if (names !== undefined) await this.#inTurn(() => this.#useNames(names));
     while (this.#staleSince !== undefined && !signal.aborted) {
       if (clock.now() >= found.notAfter) {
         this.#cache.forgetRestored();
@@ -467,25 +471,37 @@ export class AdsRelay {
   #receive(message: Uint8Array): void {
     const response = readDeltaResponse(message);
     if (response.typeUrl === TYPE_URL.nameTable) {
-      this.#carryOut(this.#cache.acknowledge(response, this.#takeNames(response)));
+      const upstream = this.#upstream;
+      void this.#inTurn(async () => {
+        const refusal = await this.#takeNames(response);
+        if (this.#upstream === upstream) this.#carryOut(this.#cache.acknowledge(response, refusal));
+      });
     } else if (response.typeUrl.startsWith("type.googleapis.com/envoy.")) {
       this.#carryOut(this.#cache.fromUpstream(response));
     }
   }
 
+  /** Name tables in the order in which they came: a big one takes its time. */
+  #inTurn(work: () => Promise<void>): Promise<void> {
+    const done = this.#namesInUse.then(work);
+    this.#namesInUse = done.catch(() => undefined);
+    return done;
+  }
+
   /** @throws {Error} if it is no name table; the one before stays in use */
-  #useNames(resource: Resource): void {
-    this.#deps.onNameTable?.(readNameTable(readAny(resource.any).value));
+  async #useNames(resource: Resource): Promise<void> {
     // A copy: the response is not kept for its sake.
-    this.#names = { ...resource, any: Uint8Array.from(resource.any) };
+    const any = new Uint8Array(resource.any);
+    await this.#deps.onNameTable?.(readNameTable(readAny(any).value));
+    this.#names = { ...resource, any };
   }
 
   /** @returns why the table is refused, if it is; the one before stays in use */
-  #takeNames(response: DeltaResponse): RpcStatus | undefined {
+  async #takeNames(response: DeltaResponse): Promise<RpcStatus | undefined> {
     const [resource] = response.resources;
     if (resource === undefined) return undefined;
     try {
-      this.#useNames(resource);
+      await this.#useNames(resource);
       return undefined;
     } catch (thrown) {
       const reason = messageOf(thrown);

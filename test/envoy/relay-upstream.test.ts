@@ -84,7 +84,7 @@ async function startRelay(
     host: { random: host.random, clock: clock ?? host.clock },
     listen: (onConnection) => host.net.listenUnix(socket, { mode: 0o600 }, onConnection),
     upstreams,
-    onNameTable: () => undefined,
+    onNameTable: async () => undefined,
     onEvent,
   });
   relay.setHealth({ healthy: true });

@@ -24,7 +24,7 @@ export const target: Target = {
   words: ["cluster.local", "Kubernetes", "10.0.0.1", "::ffff:1.2.3.4", "*."],
   mutate: mutateMessage,
   run(bytes) {
-    const entries = unlessRefused(() => readNameTable(bytes), isMalformed);
+    const entries = unlessRefused(() => [...readNameTable(bytes)], isMalformed);
     if (entries === undefined) return;
     const table = buildTable(entries, { proxyDomain: "svc.cluster.local", namespace: "shop" });
     for (const name of table.names.keys()) {
