@@ -4,6 +4,8 @@ import { underLoad } from "../measure.ts";
 import { absenceInWords, type Process, pidOf, watchAbsence } from "../processes.ts";
 import type { Stage, Target } from "../stage.ts";
 
+const BACK_WITHIN_MS = 60_000;
+
 interface Killing {
   readonly processes: readonly Process[];
   readonly targets: readonly Target[];
@@ -48,9 +50,11 @@ async function kill(stage: Stage, fault: string, { targets, ...killing }: Killin
       async () => {
         const done = targets.map(async (target) => {
           // The peer is killed for as long as ours is, however often that is.
-          const times = await killAtRandom(target, killing, (target.side === "peer" ? ours : none).signal);
+          const until = target.side === "peer" ? ours : none;
+          const { times, late } = await killAtRandom(target, killing, until.signal);
           if (target.side === "vmmesh") ours.abort();
-          return `${target.side}: ${times} times, each time with another pid`;
+          const words = late === 0 ? "" : `, ${late} times not back within ${BACK_WITHIN_MS / 1000} s`;
+          return `${target.side}: ${times} times, each time with another pid${words}`;
         });
         return (await Promise.all(done)).join("; ");
       },
@@ -69,28 +73,39 @@ async function kill(stage: Stage, fault: string, { targets, ...killing }: Killin
   }
 }
 
-/** @returns how often they were killed: each time with pids that were not there before */
+/** @returns how often they were killed, each time with pids that were not there before, and how often the peer was not back in time */
 async function killAtRandom(
   target: Target,
   { processes, times, withinMs }: Omit<Killing, "targets">,
   until: AbortSignal,
-): Promise<number> {
+): Promise<{ readonly times: number; readonly late: number }> {
+  const isPeer = target.side === "peer";
   let last: readonly number[] = [];
-  for (let done = 0; ; done += 1) {
-    const pids = await waitFor(
+  let [done, late] = [0, 0];
+  while (true) {
+    const back = waitFor(
       `the ${processes.join(" and ")} of ${target.machine.name} to be there (again)`,
       async () => {
+        if (until.aborted) return [];
         const found = await Promise.all(processes.map((each) => pidOf(target, each)));
         return found.every((pid): pid is number => pid !== undefined && !last.includes(pid))
           ? found
           : undefined;
       },
-      60_000,
+      BACK_WITHIN_MS,
       50,
     );
-    if (done === times || until.aborted) return done;
+    // The peer's numbers are for comparison: it is waited for on.
+    const pids = await (isPeer ? back.catch(() => undefined) : back);
+    if (done === times || until.aborted) return { times: done, late };
+    if (pids === undefined) {
+      late += 1;
+      continue;
+    }
     await sleep(Math.random() * withinMs);
-    await target.machine.exec(["kill", "-9", ...pids.map(String)]);
+    // The peer's agent ends its Envoy, and itself when that has ended: one of the two may be gone by now.
+    await target.machine.exec(["kill", "-9", ...pids.map(String)], { allowFail: isPeer });
     last = pids;
+    done += 1;
   }
 }
