@@ -23,7 +23,8 @@ const FEATURES: Readonly<Record<string, RegExp>> = {
   REDIRECT: /-j REDIRECT|\bredirect\b/,
   "a change of the source": /-j (SNAT|MASQUERADE)|\b(snat|masquerade)\b/,
   REJECT: /-j REJECT|\breject\b/,
-  chance: /-m (statistic|limit)|\bnumgen\b/,
+  chance: /-m statistic|\bnumgen\b/,
+  "a limit": /-m limit|\blimit rate/,
 };
 
 export const CLOSED = "a chain with policy drop";

@@ -77,7 +77,7 @@ export interface Generated {
 interface Setting {
   /** Of some senders, relative to the root of cgroup2. */
   readonly cgroup: string;
-  /** Some rules are up to chance. */
+  /** Some rules are up to chance, beside the choice between targets, which every balancer has. */
   readonly chancy: boolean;
   /** Some chains share a priority with others of theirs: nat chains of other tables, filter chains of their own. */
   readonly crowded: boolean;
@@ -163,13 +163,13 @@ function iptables(dice: Dice, family: Family, setting: Setting): string {
       }
     }
     if (table === "nat") {
-      const { chains: more, rules: kube } = kubeProxy(dice, family, setting.chancy);
+      const { chains: more, rules: kube } = kubeProxy(dice, family);
       chains.push(...more);
       // Ahead of the others or behind them, as the programs were started.
       if (dice.chance(0.5)) rules.unshift(...kube);
       else rules.push(...kube);
     }
-    if (setting.chancy && table === "filter") rules.push("-A OUTPUT -m limit --limit 1/second -j DROP");
+    if (table === "filter") rules.push(...limits(family, setting.chancy));
     const closed = table === "nat" ? [] : hooks.filter(() => dice.chance(0.025));
     parts.push(
       `*${table}`,
@@ -185,8 +185,17 @@ function iptables(dice: Dice, family: Family, setting: Setting): string {
 /** Unreachable, and who has which address: without them nothing is sent at all. */
 const SIX_NEEDS = [1, 135, 136] as const;
 
+/** What is logged so often and no more; and, of those whose rules are up to chance, how often they may be pinged. */
+function limits(family: Family, chancy: boolean): string[] {
+  const ping = family === 4 ? "-p icmp -m icmp --icmp-type 8" : "-p ipv6-icmp -m icmp6 --icmpv6-type 128";
+  return [
+    ...["INPUT", "FORWARD", "OUTPUT"].map((hook) => `-A ${hook} -m limit --limit 3/minute -j LOG`),
+    ...(chancy ? [`-A INPUT ${ping} -m limit --limit 1/second -j ACCEPT`, `-A INPUT ${ping} -j DROP`] : []),
+  ];
+}
+
 /** What kube-proxy writes, and Docker. */
-function kubeProxy(dice: Dice, family: Family, chancy: boolean): { chains: string[]; rules: string[] } {
+function kubeProxy(dice: Dice, family: Family): { chains: string[]; rules: string[] } {
   if (dice.chance(0.3)) return { chains: [], rules: [] };
   const cast = CAST[family];
   const bits = family === 4 ? 32 : 128;
@@ -201,15 +210,21 @@ function kubeProxy(dice: Dice, family: Family, chancy: boolean): { chains: strin
   rules.push("-A KUBE-POSTROUTING -j MASQUERADE");
   for (const [index, pod] of cast.pods.entries()) {
     const [vip, port] = [cast.to[index] ?? cast.to[0], dice.of(PORTS)];
-    const [svc, sep] = [`KUBE-SVC-${index}`, `KUBE-SEP-${index}`];
-    chains.push(svc, sep);
+    const svc = `KUBE-SVC-${index}`;
+    chains.push(svc);
     rules.push(
       `-A KUBE-SERVICES -d ${vip}/${bits} -p tcp -m comment --comment "ns/svc${index} cluster IP" -m tcp --dport ${port} -j ${svc}`,
     );
     if (dice.chance(0.4)) rules.push(`-A ${svc} -j KUBE-MARK-MASQ`);
-    if (chancy) rules.push(`-A ${svc} -m statistic --mode random --probability 0.5 -j ${sep}`);
-    rules.push(`-A ${svc} -j ${sep}`);
-    rules.push(`-A ${sep} -p tcp -m tcp -j DNAT --to-destination ${ipOf(family, pod, "8080")}`);
+    const endpoints = [pod, ...cast.pods.filter((other) => other !== pod)].slice(0, 1 + dice.below(3));
+    for (const [at, endpoint] of endpoints.entries()) {
+      const sep = `KUBE-SEP-${index}-${at}`;
+      const left = endpoints.length - at;
+      const share = left > 1 ? `-m statistic --mode random --probability ${(1 / left).toFixed(11)} ` : "";
+      chains.push(sep);
+      rules.push(`-A ${svc} ${share}-j ${sep}`);
+      rules.push(`-A ${sep} -p tcp -m tcp -j DNAT --to-destination ${ipOf(family, endpoint, "8080")}`);
+    }
   }
   rules.push("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS");
   rules.push(`-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-SVC-0`);
@@ -538,6 +553,7 @@ function nftRule(
             `meta l4proto tcp redirect to :${dice.of(PORTS)}`,
             `meta l4proto tcp dnat ${ip} to ${ipOf(family, dice.of(cast.pods), dice.of(PORTS))}`,
             `dnat ${ip} to ${dice.of(cast.pods)}`,
+            `dnat ${ip} to numgen random mod 2 map { 0 : ${cast.pods[0]}, 1 : ${cast.pods[1]} }`,
             `dnat ${ip} to ${ip} daddr map { ${cast.to[0]} : ${cast.pods[0]}, ${cast.to[1]} : ${cast.pods[1]} }`,
             dice.of(common),
           ]);

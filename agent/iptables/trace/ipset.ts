@@ -7,7 +7,9 @@ import {
   anyTri,
   isUnknown,
   type Packet,
+  PROTOCOL_NUMBER,
   parseSpan,
+  protocolNumber,
   span,
   type Tri,
   within,
@@ -108,9 +110,12 @@ function holds(part: string, element: string, packet: Packet, source: boolean, m
         : within(span(side.address & mask), wanted);
     }
     case "port": {
-      const [, protocol, port = ""] = /^(?:([a-z]\w*):)?(.*)$/.exec(element) ?? [];
-      if (packet.protocol === "icmp") return { unknown: "what a port of an ipset is to ICMP" };
-      if (protocol !== undefined && protocol !== packet.protocol) return false;
+      const [, protocol, port = ""] = /^(?:([^:]+):)?(.*)$/.exec(element) ?? [];
+      const icmp = packet.protocol === "icmp";
+      // One without protocol is of a bitmap, which knows TCP and UDP only. (ip_set_getport.c)
+      if (protocol === undefined ? icmp : PROTOCOL_NUMBER[protocol] !== protocolNumber(packet)) return false;
+      // ICMP has type and code in its place.
+      if (icmp) return port === "echo-request";
       const wanted = parseSpan(port);
       return wanted === undefined
         ? { unknown: `what port \`${port}\` of an ipset is` }

@@ -113,23 +113,32 @@ export const change =
   (how: (packet: Packet, world: World) => Packet): Step =>
   (packet, world) => [{ packet: how(packet, world), does: "on" }];
 
+/** What lets a balancer choose: an answer that is open for no other reason names all it chooses from. */
+export const CHANCE = "chance or a count decides";
+
 export const nothing: Step = (packet) => [{ packet, does: "on" }];
 
 export const opaque = (because: string): Step => test(() => ({ unknown: because }));
 
-/** @param address undefined: unchanged; several: the kernel chooses */
+/** One of those that the kernel may choose. */
+export interface Target {
+  /** undefined: unchanged. */
+  readonly address: bigint | undefined;
+  readonly port: Span | undefined;
+  /** By what it chooses. */
+  readonly because?: string;
+}
+
+/** @param choose a sentence: what is not known */
 export function translate(
   direction: "source" | "destination",
-  choose: (
-    packet: Packet,
-    world: World,
-  ) => readonly { readonly address: bigint | undefined; readonly port: Span | undefined }[] | string,
+  choose: (packet: Packet, world: World) => readonly Target[] | string,
 ): Step {
   return (packet, world) => {
     const side = direction === "source" ? "from" : "to";
     const chosen = choose(packet, world);
     if (typeof chosen === "string") return opaque(chosen)(packet, world);
-    return chosen.map(({ address, port }) => {
+    return chosen.map(({ address, port, because = "one of several targets is chosen by the kernel" }) => {
       const now = { address: address ?? packet[side].address, port: port ?? packet[side].port };
       const changed = now.address !== packet[side].address || now.port.low !== packet[side].port.low;
       return {
@@ -140,7 +149,7 @@ export function translate(
           translated: { ...packet.translated, [direction]: packet.translated[direction] || changed },
         },
         does: { do: "accept" as const },
-        ...(chosen.length > 1 ? { because: "one of several targets is chosen by the kernel" } : {}),
+        ...(chosen.length > 1 ? { because } : {}),
       };
     });
   };
@@ -200,9 +209,12 @@ export const masquerade: Step = translate("source", (packet, world) => {
     : [{ address: source, port: undefined }];
 });
 
-/** Before conntrack has seen it a packet is "invalid" to a rule that asks. (xt_conntrack.c, nft_ct.c) */
+/**
+ * Before conntrack has seen it a packet is "invalid" to a rule that asks; with a zone it carries a template of an entry, and
+ * that is new. (xt_conntrack.c, nft_ct.c, xt_CT.c)
+ */
 export function ctState(packet: Packet): "new" | "untracked" | "invalid" {
-  if (packet.tracking === "tracked") return "new";
+  if (packet.tracking === "tracked" || packet.tracking === "zoned") return "new";
   return packet.tracking === "untracked" ? "untracked" : "invalid";
 }
 

@@ -1,5 +1,6 @@
 import {
   addressType,
+  CHANCE,
   change,
   ctState,
   ctStatus,
@@ -150,9 +151,10 @@ function conntrack({ key, dir }: Bag): Read {
   const side = field === undefined ? undefined : ADDRESS_SIDES[field];
   const port = { "proto-src": "from", "proto-dst": "to" }[name] as "from" | "to" | undefined;
   return (packet) => {
-    if (packet.tracking !== "tracked") return undefined;
+    if (packet.tracking !== "tracked" && packet.tracking !== "zoned") return undefined;
     if (name === "mark") return span(packet.ctMark);
     if (name === "direction") return "original";
+    if (packet.tracking === "zoned") return { unknown: "what the template of a conntrack zone says" };
     if (dir !== "original") return { unknown: `what \`ct ${name}\` is` };
     if (name.startsWith("ip ") && packet.family !== 4) return undefined;
     if (name.startsWith("ip6 ") && packet.family !== 6) return undefined;
@@ -252,6 +254,8 @@ function read(json: Json, sets: Sets, text = false): Read {
     }
     case "map":
       return mapped(bag(body), sets);
+    case "numgen":
+      return () => ({ unknown: CHANCE });
     default:
       return () => ({ unknown: `what \`${name}\` of nft gives` });
   }
@@ -277,7 +281,7 @@ function lookup(
   if (key === undefined) return { data: [] };
   if (isUnknown(key)) {
     // A modulus always gives one of the elements that are there for it.
-    const sure = key.unknown.includes("numgen") || key.unknown.includes("hash");
+    const sure = key.unknown === CHANCE || key.unknown.includes("hash");
     return {
       data: elements.map(([, data]) => data),
       because: key.unknown,
@@ -467,11 +471,17 @@ function nat(direction: "source" | "destination") {
       const ports = alternatives(chosenPort);
       if (typeof addresses === "string") return addresses;
       if (typeof ports === "string") return ports;
+      const open = [address, chosenPort].find(isUnknown);
+      const because = open === undefined ? {} : { because: open.unknown };
       return addresses.flatMap((one) =>
         ports.map((number) => {
           const [host, own] = Array.isArray(one) ? one : [one, undefined];
           const to = own ?? number;
-          return { address: isSpan(host) ? host.low : undefined, port: isSpan(to) ? to : undefined };
+          return {
+            address: isSpan(host) ? host.low : undefined,
+            port: isSpan(to) ? to : undefined,
+            ...because,
+          };
         }),
       );
     });
@@ -503,6 +513,8 @@ const STATEMENTS: Readonly<Record<string, (body: Json, sets: Sets) => Step | Ste
   match: (body, sets) => matchStep(bag(body), sets),
   counter: () => nothing,
   log: () => nothing,
+  limit: () => opaque("how many packets came before"),
+  quota: () => opaque("how many packets came before"),
   /** `add` and `update` put an element into a set; the rule goes on. */
   set: () => nothing,
   map: () => nothing,

@@ -120,8 +120,8 @@ export interface Packet {
   readonly confirmed: boolean;
   /** Taken by TPROXY for the listener there, without a change of its own address. */
   readonly proxied: Endpoint | undefined;
-  /** By what it was routed anew last, on its way out. */
-  readonly rerouted?: { readonly to: bigint; readonly from: bigint; readonly mark: bigint };
+  /** By what it was routed last: anew on its way out, or on its way in. */
+  readonly routed?: { readonly to: bigint; readonly from: bigint; readonly mark: bigint };
 }
 
 export function endpointText({ address, port }: Endpoint, family: Family): string {

@@ -116,8 +116,12 @@ const ENVOY: Readonly<Record<number, string>> = {
   [PORTS.inbound]: "Envoy's inbound listener",
 };
 
-/** The one sentence at the end; it begins with a verb, its subject is the packet. */
-export function verdictOf({ packet, hops, end }: Way): string {
+/**
+ * The one sentence at the end; it begins with a verb, its subject is the packet.
+ *
+ * @param others that chance may choose as well (`isBalanced`)
+ */
+export function verdictOf({ packet, hops, end }: Way, others: readonly Way[] = []): string {
   const { family, original, to, translated } = packet;
   const here = endpointText(to, family);
   const first = endpointText(original.to, family);
@@ -140,8 +144,13 @@ export function verdictOf({ packet, hops, end }: Way): string {
       const byKube = hops.some(
         (hop) => ownerOfHop(hop) === "kube-proxy" && hop.after.to.address !== hop.before.to.address,
       );
+      const targets = [here, ...others.map((each) => endpointText(each.packet.to, family))];
+      const target =
+        others.length > 0
+          ? `one of the ${byKube ? "pods" : "targets"} ${targets.join(", ")}`
+          : `${byKube ? "pod " : ""}${here}`;
       return translated.destination
-        ? `reaches ${byKube ? "pod " : ""}${here} by ${end.device}${past}${from}`
+        ? `reaches ${target} by ${end.device}${past}${from}`
         : `leaves by ${end.device} to ${here}${past}`;
     }
     case "unroutable":
@@ -155,7 +164,7 @@ export function verdictOf({ packet, hops, end }: Way): string {
       const owner = line.owner === "vmmesh" ? "our" : line.owner === "" ? "the" : `${line.owner}'s`;
       return line.rule === ""
         ? `${what} by the policy of ${line.table} ${line.chain}`
-        : `${what} by ${owner} rule \`${line.rule}\`${silent ? ", whose refusal has no way back to a sender on loopback" : ""}`;
+        : `${what} by ${owner} rule \`${line.rule}\`${silent ? ", whose refusal is lost: it would come from an address that only a mark makes local" : ""}`;
     }
   }
 }

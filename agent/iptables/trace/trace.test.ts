@@ -164,7 +164,7 @@ function nft(
   return JSON.stringify({ nftables: objects });
 }
 
-const NONE = { nftSave: "", legacySave: "", nftJson: "", nftText: "" };
+const NONE = { nftSave: "", legacySave: "", nftJson: "", nftText: "", nftNetlink: "" };
 const match = (left: unknown, right: unknown, op = "==") => ({ match: { op, left, right } });
 const payload = (protocol: string, field: string) => ({ payload: { protocol, field } });
 const outcome = (
@@ -269,6 +269,32 @@ add both hosts
     const hit = inIpSet(sets, name, { ...PACKET, from: { ...PACKET.from, port: span(40_000) } }, directions);
     expect(hit).toEqual(want);
   });
+
+  test.each([
+    ["pairs", 4, true],
+    ["ports", 4, false],
+    ["others", 4, false],
+    ["pairs6", 6, true],
+    ["others6", 6, false],
+  ] as const)("an echo request has type and code for a port: %s of IPv%d: %s", (name, family, want) => {
+    const icmp = parseIpSets(`create pairs hash:ip,port family inet
+add pairs 10.96.0.10,tcp:0
+add pairs 10.96.0.10,icmp:echo-request
+create others hash:ip,port family inet
+add others 10.96.0.10,tcp:8
+add others 10.96.0.10,icmp:host-unreachable
+add others 10.96.0.11,icmp:echo-request
+create ports bitmap:port range 0-65535
+add ports 0-65535
+create pairs6 hash:ip,port family inet6
+add pairs6 ::10.96.0.10,ipv6-icmp:echo-request
+create others6 hash:ip,port family inet6
+add others6 ::10.96.0.10,ipv6-icmp:128/1
+`);
+    const to = { ...PACKET.to, port: span(0) };
+    const directions = name === "ports" ? ["dst"] : ["dst", "dst"];
+    expect(inIpSet(icmp, name, { ...PACKET, family, protocol: "icmp", to }, directions)).toBe(want);
+  });
 });
 
 describe("a walk", () => {
@@ -283,6 +309,17 @@ describe("a walk", () => {
   test("two nat chains of one priority: both answers, and the reason", () => {
     const both = outcome({ legacySave: ISTIO, nftJson: nft("ip kube-proxy", KUBE) });
     expect(both.sort()).toEqual(["delivered 127.0.0.1:15001 ?", "leaves 10.244.0.2:8080 ?"]);
+  });
+
+  test("three nat chains of one priority, of which two agree: every answer has its reason", () => {
+    const other = { nat: { ...KUBE.nat, rules: [[{ redirect: { port: 15001 } }]] } };
+    const tables = (JSON.parse(nft("ip other", other)) as { nftables: unknown[] }).nftables;
+    const both = JSON.parse(nft("ip kube-proxy", KUBE)) as { nftables: unknown[] };
+    const listing = {
+      legacySave: ISTIO,
+      nftJson: JSON.stringify({ nftables: [...both.nftables, ...tables] }),
+    };
+    expect(outcome(listing).sort()).toEqual(["delivered 127.0.0.1:15001 ?", "leaves 10.244.0.2:8080 ?"]);
   });
 
   test("two nat chains of one priority that agree need no reason", () => {
@@ -316,6 +353,26 @@ describe("a walk", () => {
       expect(outcome({ legacySave: rules(not) })).toEqual(["leaves 10.96.0.10:80"]);
   });
 
+  test("a zone makes a packet new to a rule that asks ahead of conntrack, where it is invalid else", () => {
+    const raw = (target: string): string => `*raw\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT ${target}\nCOMMIT\n`;
+    const asks = (state: string) =>
+      nft("ip site", {
+        out: {
+          hook: "output",
+          type: "filter",
+          prio: -250,
+          rules: [[match({ ct: { key: "state" } }, { set: [state, "established"] }), { drop: null }]],
+        },
+      });
+    const end = (target: string, state: string) =>
+      outcome({ legacySave: raw(target), nftJson: asks(state) })[0]?.split(" ")[0];
+    expect(end("-j CT --zone 2", "new")).toBe("dropped");
+    expect(end("-j CT --zone 2", "invalid")).toBe("leaves");
+    expect(end("-j ACCEPT", "new")).toBe("leaves");
+    expect(end("-j ACCEPT", "invalid")).toBe("dropped");
+    expect(end("-j CT --notrack", "untracked")).toBe("dropped");
+  });
+
   test("a zone that comes first keeps a later NOTRACK out", () => {
     const raw = "*raw\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j CT --zone 2\n-A OUTPUT -j CT --notrack\nCOMMIT\n";
     expect(outcome({ legacySave: `${raw}${ISTIO}` })).toEqual(["delivered 127.0.0.1:15001"]);
@@ -326,21 +383,74 @@ describe("a walk", () => {
     expect(outcome({ legacySave: `${ISTIO}${filter}` })).toEqual(["rejected 127.0.0.1:15001"]);
   });
 
-  test("a mark that makes a foreign address local: an ICMP refusal is not heard, a reset is", () => {
+  describe("a mark that makes a foreign address local", () => {
     const marked: World = {
       ...WORLD,
       route: ({ to, mark = 0n }) => (mark === 0x10n ? { type: "local", device: "lo", source: to } : REMOTE),
     };
-    const refused = (reject: string): string[] =>
-      outcome(
-        {
-          legacySave: `*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REJECT --reject-with ${reject}\nCOMMIT\n`,
-        },
-        { ...PACKET, mark: 0x10n },
-        marked,
-      );
-    expect(refused("icmp-port-unreachable")).toEqual(["dropped 10.96.0.10:80"]);
-    expect(refused("tcp-reset")).toEqual(["rejected 10.96.0.10:80"]);
+    const MARK = "-j MARK --set-xmark 0x10/0x10";
+    const UNMARK = "-j MARK --set-xmark 0x0/0xffffffff";
+    const ICMP = "-p tcp -j REJECT --reject-with icmp-port-unreachable";
+    const RESET = "-p tcp -j REJECT --reject-with tcp-reset";
+    const tables = (rules: Record<string, readonly string[]>): string =>
+      Object.entries(rules)
+        .map(([table, lines]) => {
+          const chains = [...new Set(lines.map((line) => line.split(" ")[1]))];
+          return `*${table}\n${chains.map((name) => `:${name} ACCEPT [0:0]\n`).join("")}${lines.join("\n")}\nCOMMIT\n`;
+        })
+        .join("");
+    const sent = (listing: Partial<typeof NONE>): string[] => outcome(listing, undefined, marked);
+    const route = (...rules: unknown[][]) => ({
+      nftJson: nft("ip site", { out: { hook: "output", type: "route", prio: -150, rules } }),
+    });
+    const SET = [{ mangle: { key: { meta: { key: "mark" } }, value: 0x10 } }];
+    const REFUSE = [{ reject: { type: "icmp", expr: "port-unreachable" } }];
+
+    test.each([
+      [
+        "a refusal by ICMP is not heard",
+        { mangle: [`-A OUTPUT ${MARK}`], filter: [`-A OUTPUT ${ICMP}`] },
+        "dropped",
+      ],
+      ["a reset is", { mangle: [`-A OUTPUT ${MARK}`], filter: [`-A OUTPUT ${RESET}`] }, "rejected"],
+      [
+        "a mark taken off on its way over lo changes nothing, for it was routed before",
+        { mangle: [`-A OUTPUT ${MARK}`, `-A POSTROUTING ${UNMARK}`], filter: [`-A INPUT ${ICMP}`] },
+        "dropped",
+      ],
+    ])("%s", (_what, rules, end) =>
+      expect(sent({ legacySave: tables(rules) })).toEqual([`${end} 10.96.0.10:80`]),
+    );
+
+    test("a refusal in the very chain that marks is heard: it is routed anew only behind it", () => {
+      expect(sent(route(SET, REFUSE))).toEqual(["rejected 10.96.0.10:80"]);
+      expect(sent({ ...route(SET), legacySave: tables({ filter: [`-A OUTPUT ${ICMP}`] }) })).toEqual([
+        "dropped 10.96.0.10:80",
+      ]);
+    });
+
+    test.each([
+      [
+        "of one that was forwarded first is heard",
+        { mangle: [`-A FORWARD ${MARK}`], filter: [`-A FORWARD ${ICMP}`] },
+        "rejected",
+      ],
+      [
+        "of one that lost its mark after it was let in is not",
+        { mangle: [`-A PREROUTING ${MARK}`, `-A INPUT ${UNMARK}`], filter: [`-A INPUT ${ICMP}`] },
+        "dropped",
+      ],
+    ])("from outside: a refusal %s", (_what, rules, end) => {
+      const inbound: Packet = {
+        ...PACKET,
+        in: "eth0",
+        out: undefined,
+        sender: undefined,
+        tracking: "not yet",
+      };
+      const ways = walkIn(buildRuleset({ ...NONE, legacySave: tables(rules) }, 4), marked, inbound, true);
+      expect(ways.map((way) => way.end.kind)).toEqual([end]);
+    });
   });
 
   test("masquerading out by lo takes an address that others may see, not the route's own", () => {
@@ -351,6 +461,16 @@ describe("a walk", () => {
     };
     const [turn] = masquerade(PACKET, local);
     expect(turn?.packet.from.address).toBe(addressNumber("10.200.0.1"));
+  });
+
+  test("a limit in front of a log leaves nothing open", () => {
+    const listing = {
+      legacySave: "*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m limit --limit 3/min -j LOG\nCOMMIT\n",
+      nftJson: nft("ip site", {
+        out: { hook: "output", type: "filter", prio: 0, rules: [[{ limit: { rate: 3 } }, { log: null }]] },
+      }),
+    };
+    expect(outcome(listing)).toEqual(["leaves 10.96.0.10:80"]);
   });
 
   test("a map over chance gives every target", () => {
@@ -385,6 +505,39 @@ describe("a walk", () => {
     const listing = { nftJson: nft("ip site", { out: { hook: "output", type: "filter", prio: 0, rules } }) };
     expect(outcome(listing)).toEqual(["rejected 10.96.0.10:80"]);
     expect(outcome(listing, { ...PACKET, protocol: "udp" })).toEqual(["leaves 10.96.0.10:80"]);
+  });
+
+  describe("a TCP reset of one family, which nft 1.0.6 prints without it", () => {
+    const RESET = [match({ meta: { key: "l4proto" } }, "tcp"), { reject: { type: "tcp reset" } }];
+    const out = (rules: unknown[][]) => ({ out: { hook: "output", type: "filter", prio: 0, rules } });
+    const text = (table: string): string =>
+      `table ${table} { # handle 1\n\tchain out { # handle 2\n\t\tmeta l4proto tcp reject with tcp reset # handle 1\n\t}\n}\n`;
+    const asks = (key: string, value: string): string =>
+      `  [ meta load ${key} => reg 1 ]\n  [ cmp eq reg 1 ${value} ]\n`;
+    const REST = `${asks("l4proto", "0x00000006")}  [ reject type 1 code 0 ]\n\n`;
+    test.each([
+      ["inet site", `inet site out 1\n${asks("nfproto", "0x0000000a")}${REST}`, ["leaves 10.96.0.10:80"]],
+      ["inet site", `inet site out 1\n${asks("nfproto", "0x00000002")}${REST}`, ["rejected 10.96.0.10:80"]],
+      ["inet site", `inet site out 1\n${REST}`, ["rejected 10.96.0.10:80"]],
+      ["inet site", `inet site out 1 7\n${asks("protocol", "0x0000dd86")}${REST}`, ["leaves 10.96.0.10:80"]],
+      [
+        "inet site",
+        `inet site out 7 1\n${asks("nfproto", "0x0000000a")}${REST}inet site out 1 7\n${REST}`,
+        ["rejected 10.96.0.10:80"],
+      ],
+      // Nobody can say: both.
+      ["inet site", "", ["rejected 10.96.0.10:80 ?", "leaves 10.96.0.10:80 ?"]],
+      [
+        "inet site",
+        `inet site out 1\n${asks("nfproto", "0x0a000000")}${REST}`,
+        ["rejected 10.96.0.10:80 ?", "leaves 10.96.0.10:80 ?"],
+      ],
+      // Of one family anyhow.
+      ["ip site", "", ["rejected 10.96.0.10:80"]],
+    ])("%s %#", (table, nftNetlink, want) => {
+      const listing = { nftJson: nft(table, out([RESET])), nftText: text(table), nftNetlink };
+      expect(outcome(listing)).toEqual(want);
+    });
   });
 
   test("a refusal by an ICMP of one family is for packets of it, although nft does not print it", () => {
@@ -454,15 +607,25 @@ describe("a walk", () => {
     expect(ends({ legacySave: mangle })).toEqual(["delivered 10.96.0.10:80"]);
   });
 
-  test("a refusal that has no way back to loopback is silence", () => {
-    const listing = {
-      legacySave:
-        "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j DNAT --to-destination 10.244.0.3\nCOMMIT\n*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j REJECT\nCOMMIT\n",
-    };
+  test("what was sent from loopback and then translated to elsewhere ends there, ahead of any refusal", () => {
+    const rules = (mark: string) => ({
+      legacySave: `*mangle\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j MARK --set-xmark ${mark}/0xffffffff\nCOMMIT\n*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j DNAT --to-destination 10.244.0.3\nCOMMIT\n*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REJECT --reject-with tcp-reset\nCOMMIT\n`,
+    });
     const loopback = { address: addressNumber("127.0.0.1") ?? 0n, port: span(80) };
-    const packet: Packet = { ...PACKET, from: loopback, to: loopback, out: "lo" };
-    expect(outcome(listing, packet)).toEqual(["dropped 10.244.0.3:80"]);
-    expect(outcome(listing)).toEqual(["rejected 10.244.0.3:80"]);
+    const packet: Packet = { ...PACKET, tracking: "not yet", from: loopback, to: loopback, out: "lo" };
+    const world: World = {
+      ...WORLD,
+      route: (question) =>
+        question.mark === 0x10n
+          ? { type: "local", device: "lo", source: undefined }
+          : question.from === loopback.address && question.to !== loopback.address
+            ? { ...REMOTE, type: "unreachable", refused: "Invalid argument" }
+            : WORLD.route(question),
+    };
+    expect(outcome(rules("0x0"), packet, world)).toEqual(["unroutable 10.244.0.3:80"]);
+    // A mark that leads everything to lo lets it stay.
+    expect(outcome(rules("0x10"), packet, world)).toEqual(["rejected 10.244.0.3:80"]);
+    expect(outcome(rules("0x0"))).toEqual(["rejected 10.244.0.3:80"]);
   });
 
   test("a native rule in iptables' own table is read as nft says it", () => {
@@ -521,6 +684,102 @@ describe("the report", () => {
       "In OUTPUT, iptables-nft nat OUTPUT, a rule of istio-iptables sends it on to chain ISTIO_OUTPUT.",
       "In OUTPUT, iptables-nft nat ISTIO_OUTPUT, a rule of istio-iptables changes its destination from 10.96.0.10:80 to 127.0.0.1:15001.",
     ]);
+  });
+
+  test("the kernel's instructions are asked for where nft may not print the family, and nowhere else", async () => {
+    const rules = [[match({ meta: { key: "l4proto" } }, "tcp"), { reject: { type: "tcp reset" } }]];
+    const chains = { out: { hook: "output", type: "filter", prio: 0, rules } };
+    const words = (table: string): string =>
+      `table ${table} { # handle 1\n\tchain out { # handle 2\n\t\tmeta l4proto tcp reject with tcp reset # handle 1\n\t}\n}\n`;
+    const asked = async (table: string): Promise<[string[], string]> => {
+      const host = machine({
+        ...answers,
+        "iptables-nft-save": "",
+        "nft -j list ruleset": nft(table, chains),
+        "nft -a list ruleset": `table inet other { # handle 7\n\tchain x {\n\t}\n}\n${words(table)}`,
+        "nft --debug=netlink": `${table} out 1 \n  [ meta load nfproto => reg 1 ]\n  [ cmp eq reg 1 0x0000000a ]\n  [ reject type 1 code 0 ]\n\n${words(table)}`,
+      });
+      const commands: string[] = [];
+      const report = await traceStatic(
+        {
+          ...host,
+          run: async (command) => {
+            commands.push(command.argv.join(" "));
+            return await host.run(command);
+          },
+        },
+        question,
+      );
+      return [commands.filter((command) => command.includes("--debug")), report.verdict];
+    };
+    expect(await asked("inet site")).toEqual([
+      ["nft --debug=netlink list table inet site"],
+      "leaves by eth0 to 10.96.0.10:80 past Envoy",
+    ]);
+    expect(await asked("ip site")).toEqual([[], expect.stringMatching(/^is refused by the rule/)]);
+  });
+
+  describe("of a service with several endpoints", () => {
+    const service = (svc: readonly string[], more = ""): string =>
+      `*nat
+:OUTPUT ACCEPT [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-SEP-B - [0:0]
+-A OUTPUT -d 10.96.0.10/32 -j KUBE-SVC-A
+${svc.join("\n")}
+-A KUBE-SEP-A -p tcp -j DNAT --to-destination 10.244.0.2:8080
+-A KUBE-SEP-B -p tcp -j DNAT --to-destination 10.244.0.3:8080
+COMMIT
+${more}`;
+    const BALANCED = [
+      "-A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A",
+      "-A KUBE-SVC-A -j KUBE-SEP-B",
+    ];
+    const traced = async (save: string) =>
+      await traceStatic(machine({ ...answers, "iptables-nft-save": save }), question);
+
+    test("chance takes one of them, and the way is certain", async () => {
+      expect(await traced(service(BALANCED))).toMatchObject({
+        verdict:
+          "reaches one of the pods 10.244.0.2:8080, 10.244.0.3:8080 by eth0 past Envoy with original destination 10.96.0.10:80",
+        certain: true,
+        because: [`chance or a count decides (in \`${BALANCED[0]}\`)`],
+      });
+    });
+
+    test("so does a map of nft over a random number", async () => {
+      const key = { numgen: { mode: "random", mod: 2, offset: 0 } };
+      const data = {
+        set: [
+          [0, "10.244.0.2"],
+          [1, "10.244.0.3"],
+        ],
+      };
+      const rules = [[{ dnat: { family: "ip", addr: { map: { key, data } }, port: 8080 } }]];
+      const nftJson = nft("ip site", { nat: { ...KUBE.nat, rules } });
+      const host = machine({ ...answers, "iptables-nft-save": "", "nft -j list ruleset": nftJson });
+      expect(await traceStatic(host, question)).toMatchObject({
+        verdict:
+          "reaches one of the targets 10.244.0.2:8080, 10.244.0.3:8080 by eth0 past Envoy with original destination 10.96.0.10:80",
+        certain: true,
+      });
+    });
+
+    test.each([
+      ["a filter that drops one of them", BALANCED, "-A OUTPUT -d 10.244.0.2/32 -j DROP"],
+      ["an endpoint only now and then", BALANCED.slice(0, 1), ""],
+      [
+        "another reason than chance",
+        ["-A KUBE-SVC-A -m bpf --bytecode 1 -j KUBE-SEP-A", "-A KUBE-SVC-A -j KUBE-SEP-B"],
+        "",
+      ],
+    ])("%s leaves the way open", async (_what, svc, rule) => {
+      const filter = `*filter\n:OUTPUT ACCEPT [0:0]\n${rule}\nCOMMIT\n`;
+      const report = await traced(service(svc, filter));
+      expect(report).toMatchObject({ certain: false, verdict: expect.stringMatching(/^may go 2 ways: /) });
+      expect(report.because).toHaveLength(1);
+    });
   });
 
   test("a redirect to nobody is refused", async () => {

@@ -14,7 +14,7 @@ import {
 } from "./packet.ts";
 import { buildRuleset, readListing } from "./ruleset.ts";
 import { type HopLine, hopLine, verdictOf } from "./tell.ts";
-import { sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
+import { isBalanced, sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
 import { type Machine, readWorld } from "./world.ts";
 
 /** The first packet of one connection. */
@@ -138,8 +138,9 @@ export interface TraceReport {
   readonly packet: string;
   /** One sentence; it begins with "may" if nobody but the kernel can know. */
   readonly verdict: string;
+  /** Also where chance takes one of a balancer's targets: `ends` are all of them. */
   readonly certain: boolean;
-  /** What is not known; empty if the answer is certain. */
+  /** What is not known of the way, or what chooses between targets. */
   readonly because: readonly string[];
   readonly ends: readonly Ending[];
 }
@@ -153,16 +154,17 @@ export async function traceStatic(host: Reads, question: Question): Promise<Trac
 function report(question: Question, groups: readonly (readonly Way[])[]): TraceReport {
   const ends = groups.flatMap(([first]) => (first === undefined ? [] : [ending(first)]));
   const because = [...new Set(groups.flatMap((group) => group.flatMap((each) => each.because)))];
-  const certain = ends.length === 1 && !groups.some((group) => isCut(group));
-  const [only] = ends;
+  const [first, ...others] = groups.flatMap(([each]) => (each === undefined ? [] : [each]));
+  const balanced = isBalanced(groups);
+  const certain = (ends.length === 1 || balanced) && !groups.some((group) => isCut(group));
   return {
     packet: packetText(question),
     verdict:
-      certain && only !== undefined
-        ? only.verdict
+      certain && first !== undefined
+        ? verdictOf(first, others)
         : `may go ${ends.length} ways: ${ends.map(({ verdict }) => verdict).join("; or ")}`,
     certain,
-    because: certain ? [] : because,
+    because: certain && !balanced ? [] : because,
     ends,
   };
 }

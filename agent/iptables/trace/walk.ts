@@ -1,5 +1,6 @@
 import {
   type Base,
+  CHANCE,
   type Chain,
   chainKey,
   type HookName,
@@ -64,15 +65,10 @@ export function walkOut(rules: Ruleset, world: World, packet: Packet): Way[] {
   return hook(rules, world, "output", [start(packet)]).flatMap((state) => {
     if (state.end !== "through") return [way(state, state.end)];
     const { packet: now } = state;
-    const { rerouted, sender } = now;
     const route =
-      rerouted === undefined
+      now.routed === undefined
         ? { type: kindOf(world, now), device: now.out ?? "", source: undefined }
-        : world.route({
-            family: now.family,
-            ...rerouted,
-            ...(sender === undefined ? {} : { uid: sender.uid }),
-          });
+        : routeOut(world, now);
     const bad = unroutable(route);
     if (bad !== undefined || route === undefined) return [way(state, bad ?? unknownRoute)];
     return leave(rules, world, { ...state, packet: { ...now, out: route.device } }, route);
@@ -101,16 +97,22 @@ const unknownRoute: End = { kind: "unroutable", why: "the kernel's route is not 
 
 /**
  * A changed destination or mark is routed anew, but only behind the chains that look for it: those of type route (mangle
- * OUTPUT is one), and nat for the destination. What a filter chain changes stays without effect. (ip_route_me_harder)
+ * OUTPUT is one), and nat for the destination. What a filter chain changes stays without effect. Without a route the packet
+ * ends there: a source on loopback cannot leave the machine. (ip_route_me_harder)
  */
-function reroute(before: Packet, after: Ended, by: "route" | "nat"): Ended {
+function reroute(world: World, before: Packet, after: Ended, by: "route" | "nat"): Ended {
   const { to, from, mark } = after.packet;
   const moved = to.address !== before.to.address || (by === "route" && mark !== before.mark);
-  if (!moved) return after;
-  return {
-    ...after,
-    packet: { ...after.packet, rerouted: { to: to.address, from: from.address, mark } },
-  };
+  if (!moved || after.end !== "through") return after;
+  const packet = { ...after.packet, routed: { to: to.address, from: from.address, mark } };
+  return { ...after, packet, end: unroutable(routeOut(world, packet)) ?? "through" };
+}
+
+/** By which it leaves after it was routed anew. */
+function routeOut(world: World, { family, routed, sender }: Packet): Route | undefined {
+  return routed === undefined
+    ? undefined
+    : world.route({ family, ...routed, ...(sender === undefined ? {} : { uid: sender.uid }) });
 }
 
 function kindOf(world: World, packet: Packet): string {
@@ -153,20 +155,17 @@ function leave(rules: Ruleset, world: World, from: State, route: Route): Way[] {
 /** After PREROUTING: into the machine, or on to somebody else. */
 function arrive(rules: Ruleset, world: World, state: State, forwards: boolean): Way[] {
   const { packet } = state;
-  const route =
-    packet.in === "lo"
-      ? { type: "local", device: "lo", source: undefined }
-      : world.route({
-          family: packet.family,
-          to: packet.to.address,
-          from: packet.from.address,
-          mark: packet.mark,
-          in: packet.in ?? "",
-        });
+  const by = { to: packet.to.address, from: packet.from.address, mark: packet.mark };
+  // lo keeps the route that led there.
+  const looped = packet.in === "lo";
+  const route = looped
+    ? { type: "local", device: "lo", source: undefined }
+    : world.route({ family: packet.family, ...by, in: packet.in ?? "" });
   const bad = unroutable(route);
   if (bad !== undefined || route === undefined) return [way(state, bad ?? unknownRoute)];
   if (route.type === "local") {
-    return hook(rules, world, "input", [state]).map((after) =>
+    const entering = looped ? state : { ...state, packet: { ...packet, routed: by } };
+    return hook(rules, world, "input", [entering]).map((after) =>
       way(after, after.end === "through" ? deliver(world, after.packet) : after.end),
     );
   }
@@ -227,7 +226,7 @@ function hook(rules: Ruleset, world: World, name: HookName, states: readonly Sta
       run: (current) =>
         current.flatMap((state) =>
           runBase(rules, world, base, state).map((after) =>
-            base.type === "route" ? reroute(state.packet, after, "route") : after,
+            base.type === "route" ? reroute(world, state.packet, after, "route") : after,
           ),
         ),
     }));
@@ -274,8 +273,9 @@ function runNat(rules: Ruleset, world: World, name: HookName, nat: readonly Base
       ),
   }));
   return inOrder(slots, [{ ...state, end: "through" }], "nat chains").map((ended) => {
-    const { packet } = name === "output" ? reroute(state.packet, ended, "nat") : ended;
-    return { ...ended, packet: { ...packet, settled: { ...packet.settled, [direction]: true } } };
+    const routed = name === "output" ? reroute(world, state.packet, ended, "nat") : ended;
+    const { packet } = routed;
+    return { ...routed, packet: { ...packet, settled: { ...packet.settled, [direction]: true } } };
   });
 }
 
@@ -297,21 +297,20 @@ function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): 
     const all = orders(tables.map((of) => of.toReversed()))
       .map((order) => order.flat())
       .map((order) => order.reduce(through, current));
-    const results = sameStates(all)
-      ? (all[0] ?? [])
-      : all.flatMap((states, choice) =>
-          states.map((state) => ({ ...state, because: [...state.because, { why, choice }] })),
-        );
+    // Orders that lead to the same are one choice.
+    const outcomes = [...Map.groupBy(all, statesKey).values()].flatMap(([first]) => (first ? [first] : []));
+    const results =
+      outcomes.length === 1
+        ? outcomes.flat()
+        : outcomes.flatMap((states, choice) =>
+            states.map((state) => ({ ...state, because: [...state.because, { why, choice }] })),
+          );
     current = merged(results);
   }
   return current;
 }
 
-/** Do all orders lead to the same? */
-function sameStates(all: readonly (readonly Ended[])[]): boolean {
-  const keys = all.map((states) => [...new Set(states.map(stateKey))].sort().join("\n"));
-  return new Set(keys).size <= 1;
-}
+const statesKey = (states: readonly Ended[]): string => [...new Set(states.map(stateKey))].sort().join("\n");
 
 /** Every order of up to three, else there and back. */
 function orders<T>(of: readonly T[]): T[][] {
@@ -397,18 +396,14 @@ function ended(
 }
 
 /**
- * Refusals that nobody hears (IPv4, measured): from an address that is not ours to a sender on loopback, for which there is
- * no route (ip_route_me_harder); by ICMP, where a mark has made a foreign address local: the kernel answers from that address
- * and then finds that it is not its own (icmp.c).
+ * A refusal that nobody hears (IPv4, measured): by ICMP, where a mark has made a foreign address local, the kernel answers from
+ * that address and then finds that it is not its own (icmp.c). A mark that nothing was routed by yet makes nothing local.
  */
-function isLost({ hook: name, does, after: { family, from, to, mark } }: Hop, world: World): boolean {
-  if (family !== 4) return false;
-  const loopback = (address: bigint): boolean => address >> 24n === 127n;
-  const isOwn = (): boolean => world.route({ family, to: to.address })?.type === "local";
-  const byIcmp = typeof does === "object" && does.do === "reject" && !does.with.startsWith("tcp");
-  const madeLocal = byIcmp && mark !== 0n && world.route({ family, to: to.address, mark })?.type === "local";
-  if (madeLocal && !isOwn()) return true;
-  return name === "output" && loopback(from.address) && !loopback(to.address) && !isOwn();
+function isLost({ does, after: { family, to, routed } }: Hop, world: World): boolean {
+  if (family !== 4 || typeof does !== "object" || does.do !== "reject" || does.with.startsWith("tcp"))
+    return false;
+  const isLocal = (mark: bigint): boolean => world.route({ family, to: to.address, mark })?.type === "local";
+  return routed !== undefined && routed.mark !== 0n && isLocal(routed.mark) && !isLocal(0n);
 }
 
 interface RuleTurn {
@@ -481,6 +476,24 @@ function endKey(end: "through" | End): string {
     default:
       return end.kind;
   }
+}
+
+/** They leave alike, and chance alone decides to which of a balancer's targets. @param groups of `sameEnd` */
+export function isBalanced(groups: readonly (readonly Way[])[]): boolean {
+  const all = groups.flat();
+  const [first] = all;
+  return (
+    groups.length > 1 &&
+    all.every(
+      ({ end, packet, because }) =>
+        end.kind === "leaves" &&
+        first?.end.kind === "leaves" &&
+        end.device === first.end.device &&
+        packet.translated.destination &&
+        packet.from.address === first.packet.from.address &&
+        because.every((why) => why.startsWith(CHANCE)),
+    )
+  );
 }
 
 /** Ways with the same end, as far as the sender and the receiver can tell. */

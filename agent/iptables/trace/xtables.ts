@@ -2,6 +2,7 @@ import type { ParsedRule } from "../parse.ts";
 import { inIpSet } from "./ipset.ts";
 import {
   addressType,
+  CHANCE,
   change,
   ctState,
   ctStatus,
@@ -262,6 +263,8 @@ const WHOLE: Readonly<Record<string, (options: readonly Option[]) => Test>> = {
           (wanted.includes("dnat") && translated.destination);
         if (is === states.not) return false;
       }
+      if (packet.tracking === "zoned" && others.length > 0)
+        return { unknown: "what the template of a conntrack zone says" };
       if (packet.tracking !== "tracked") return states !== undefined;
       return allTri(
         others.map((option) => {
@@ -303,7 +306,7 @@ const WHOLE: Readonly<Record<string, (options: readonly Option[]) => Test>> = {
     const [name = "", directions = ""] = wanted.args;
     return (packet, world) => negate(wanted, inIpSet(world.ipSets, name, packet, directions.split(",")));
   },
-  statistic: () => () => ({ unknown: "chance or a count decides" }),
+  statistic: () => () => ({ unknown: CHANCE }),
   limit: () => () => ({ unknown: "how many packets came before" }),
   hashlimit: () => () => ({ unknown: "how many packets came before" }),
   /** `--rcheck --seconds N` of one list; every other use depends on counts that nobody else sees. */

@@ -52,7 +52,13 @@ export const target: Target = {
     for (const family of [4, 6] as const)
       for (const legacySave of [text, ""])
         buildRuleset(
-          { nftSave: legacySave === "" ? text : "", legacySave, nftJson: "", nftText: text },
+          {
+            nftSave: legacySave === "" ? text : "",
+            legacySave,
+            nftJson: "",
+            nftText: text,
+            nftNetlink: text,
+          },
           family,
         );
   },

@@ -100,7 +100,7 @@ export const target: Target = {
     }
     for (const family of [4, 6] as const) {
       try {
-        buildRuleset({ nftSave: "", legacySave: "", nftJson: text, nftText: text }, family);
+        buildRuleset({ nftSave: "", legacySave: "", nftJson: text, nftText: text, nftNetlink: text }, family);
       } catch (thrown) {
         if (!(thrown instanceof SyntaxError)) throw thrown;
       }
