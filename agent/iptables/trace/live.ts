@@ -21,22 +21,27 @@ export const TRACE_TABLE = "inet vmmesh-trace";
 /**
  * The table belongs to `nft -i` (flag owner), which lives as long as the pipe into it; the attempt is what keeps that pipe
  * open. Whoever of them is killed, and however, the table goes with it, and after eight seconds in any case.
- * A chain named after this shell says that the table is the one of this very trace, and not of another one at work.
- * $1 commands for nft, $2 uid, $3 gid, $4 tcp or udp, $5 address, $6 port.
+ * A chain named after this shell says that the table is the one of this very trace, and not of another one at work; it is
+ * made in one transaction with the table.
+ * $1 commands for nft in one line, $2 uid, $3 gid, $4 tcp or udp, $5 address, $6 port.
  */
 const SCRIPT = `
 exec 3>&2
 timeout 8 nft monitor trace &
 monitor=$!
 {
-  printf '%s\\n' "$1" "add chain ${TRACE_TABLE} of$$"
+  printf '%s\\n' "$1; add chain ${TRACE_TABLE} of$$"
   tries=0
-  until nft list chain ${TRACE_TABLE} "of$$" >/dev/null 2>&1; do
-    tries=$((tries + 1))
-    if [ "$tries" -ge 100 ]; then
-      nft list chain ${TRACE_TABLE} input >/dev/null 2>&1 && printf 'the table is taken\\n' >&3
+  while :; do
+    case $(nft list table ${TRACE_TABLE} 2>/dev/null) in
+    *"chain of$$ "*) break ;;
+    ?*)
+      printf 'the table is taken\\n' >&3
       exit 1
-    fi
+      ;;
+    esac
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || exit 1
     sleep 0.02
   done
   # Nobody says when the monitor has subscribed.
@@ -101,7 +106,7 @@ function traceRules({ to, protocol }: Question, uid: number): string {
     `add rule ${TRACE_TABLE} output meta skuid ${uid} ${ip} daddr ${to.address} ${protocol} dport ${to.port}${opening} meta nftrace set 1`,
     last("postrouting"),
     last("input"),
-  ].join("\n");
+  ].join("; ");
 }
 
 /** Pure. @param text lines of `nft monitor trace` @param words what the attempt said */
