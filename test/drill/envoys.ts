@@ -1,4 +1,4 @@
-import { copyFileSync } from "node:fs";
+import { copyFileSync, existsSync } from "node:fs";
 import { envoy } from "../lab/build.ts";
 import { waitFor } from "../lab/lab.ts";
 import type { Side } from "./fault.ts";
@@ -18,7 +18,8 @@ const pathOf = (version: string): string => `/usr/local/lib/envoy-${version}`;
 
 /** Puts a stock Envoy on the machine, for `useEnvoy`. */
 export async function putEnvoy({ machine }: Target, version: string): Promise<void> {
-  copyFileSync(await envoy(version), `${machine.root}${pathOf(version)}`);
+  const to = `${machine.root}${pathOf(version)}`;
+  if (!existsSync(to)) copyFileSync(await envoy(version), to);
 }
 
 /** Replaces the Envoy, as an operator does. Resolves when the new one answers, and says that it is of this version. */
