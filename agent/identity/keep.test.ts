@@ -264,6 +264,33 @@ describe("an identity through faults", () => {
     expect(machine.slept.length).toBe(41);
   });
 
+  test("a long outage: attempts get rarer while the certificate lives; without one none waits longer than half a minute", async () => {
+    const machine = new Machine(plane, mint(plane));
+    const waits: { readonly living: boolean; readonly ms: number }[] = [];
+    await machine.live(
+      (sleeps) => {
+        if (machine.renewed.length === 2 && machine.reachable) {
+          machine.reachable = false;
+          machine.offsetMs = 13 * HOUR_MS;
+        }
+        if (sleeps === 1000) machine.offsetMs = 25 * HOUR_MS;
+        return sleeps === 1200;
+      },
+      {
+        onStatus: ({ nextRenewal, notAfter, lastError }) => {
+          if (nextRenewal === undefined || notAfter === undefined || lastError === undefined) return;
+          const now = Date.now() + machine.offsetMs;
+          waits.push({ living: notAfter.getTime() > now, ms: nextRenewal.getTime() - now });
+        },
+      },
+    );
+    const longest = (living: boolean): number =>
+      Math.max(...waits.filter((wait) => wait.living === living).map(({ ms }) => ms));
+    expect(longest(true)).toBeGreaterThan(3 * MINUTE_MS);
+    expect(longest(false)).toBeGreaterThan(15 * SECOND_MS);
+    expect(longest(false)).toBeLessThanOrEqual(30 * SECOND_MS);
+  });
+
   test("a certificate that the control plane refuses is not kept to half of its life, and the CA is not asked in a loop", async () => {
     const machine = new Machine(plane, mint(plane));
     await machine.live(

@@ -49,6 +49,8 @@ export interface IdentityStatus {
 const LOOK_EVERY_MS = 15 * SECOND_MS;
 const LEAST_PAUSE_MS = 5 * SECOND_MS;
 const RETRY = { firstMs: SECOND_MS, capMs: 5 * MINUTE_MS, factor: 2, jitter: 0.3 };
+/** A machine without a valid certificate is out of the mesh: it asks as often as its stream to istiod is tried. */
+const WITHOUT_CAP_MS = 30 * SECOND_MS;
 const CONDITION = "identity-not-renewed";
 const NOT_STORED = "identity-not-stored";
 const TOKENS_ONLY = "identity-by-token-only";
@@ -156,7 +158,8 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       if (signal.aborted) return;
       const error = VmmeshError.from(thrown);
       lastError = messageOf(error);
-      const waitMs = waits.next().value;
+      const left = (held?.notAfter.getTime() ?? 0) - clock.now().getTime();
+      const waitMs = Math.min(waits.next().value, Math.max(left, WITHOUT_CAP_MS));
       raiseNotRenewed(deps, held, error, waitMs);
       deps.onFailed();
       await tell(new Date(clock.now().getTime() + waitMs));
