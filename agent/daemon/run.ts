@@ -195,6 +195,9 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
           event.error.next ?? "Look for free space below /var/lib/vmmesh.",
         );
         return;
+      case "last-good-saved":
+        conditions.clear("last-good-failed");
+        return;
       case "reopened":
         log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);
         return;

@@ -1,4 +1,4 @@
-import { mkdtemp, rm } from "node:fs/promises";
+import { mkdir, mkdtemp, rm } from "node:fs/promises";
 import { connect } from "node:http2";
 import { createConnection } from "node:net";
 import { tmpdir } from "node:os";
@@ -436,8 +436,8 @@ describe("a start without a control plane", () => {
     return response(TYPE_URL.nameTable, "n", [""], table.finish());
   };
 
-  /** Runs until Envoy has accepted one cluster and one listener, and the agent was stopped. */
-  async function saved(notAfter: Date): Promise<void> {
+  /** A relay whose Envoy has accepted one cluster and one listener. */
+  async function accepted(notAfter: Date) {
     const it = await another(() => true, notAfter);
     for (const typeUrl of [TYPE_URL.cluster, TYPE_URL.listener])
       it.client.send(request(typeUrl, { node: NODE }));
@@ -451,7 +451,11 @@ describe("a start without a control plane", () => {
     await expect
       .poll(() => it.status().types.filter(({ acked }) => acked !== undefined).length)
       .toBeGreaterThanOrEqual(2);
-    await it.stop();
+    return it;
+  }
+
+  async function saved(notAfter: Date): Promise<void> {
+    await (await accepted(notAfter)).stop();
   }
 
   test("Envoy and DNS get what was accepted last, it is said, and istiod's same answer brings no push", async () => {
@@ -488,6 +492,17 @@ describe("a start without a control plane", () => {
     await it.event("envoy-connected");
     expect(it.status().types.map(({ resources }) => resources)).toEqual(it.status().types.map(() => 0));
     await it.stop();
+  });
+
+  test("what could not be written is told, and when it could", async () => {
+    const it = await accepted(new Date(Date.now() + 60_000));
+    // Nothing can take a folder's place.
+    await mkdir(join(folder, "last-good"));
+    await it.event("last-good-failed");
+    await rm(join(folder, "last-good"), { recursive: true });
+    await it.stop();
+    await it.event("last-good-saved");
+    expect(await host.files.read(join(folder, "last-good"))).toBeDefined();
   });
 
   test("a damaged file is told once, and Envoy waits for istiod", async () => {

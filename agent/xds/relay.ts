@@ -70,6 +70,8 @@ export type RelayEvent =
   | { readonly kind: "fresh" }
   /** What was restored is not served any more: the certificate that it belongs to has ended. */
   | { readonly kind: "last-good-ended" }
+  /** A write has worked again. */
+  | { readonly kind: "last-good-saved" }
   | { readonly kind: "last-good-failed"; readonly error: VmmeshError }
   | { readonly kind: "reopened"; readonly missing: readonly string[] }
   | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
@@ -239,6 +241,7 @@ export class AdsRelay {
 
   async #keepLastGood(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
     let waitMs = SAVE_MS.look;
+    let failed = false;
     while (!signal.aborted) {
       // Once more at the end: what was accepted just before a reboot is what the next start needs.
       await this.#deps.host.clock.sleep(waitMs, signal).catch(() => undefined);
@@ -251,7 +254,10 @@ export class AdsRelay {
       const names = this.#names === undefined ? [] : [this.#names];
       try {
         await lastGood.save(new Map([...types, [TYPE_URL.nameTable, names]]), revision);
+        if (failed) this.#deps.onEvent({ kind: "last-good-saved" });
+        failed = false;
       } catch (thrown) {
+        failed = true;
         this.#deps.onEvent({ kind: "last-good-failed", error: VmmeshError.from(thrown) });
       }
     }
