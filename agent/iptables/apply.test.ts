@@ -10,6 +10,8 @@ import { renderPlan } from "./render.ts";
 
 const MACHINE: MachineFacts = { ...MODERN, dnsTimeouts: false };
 
+const READS = / -S | list |'list'/;
+
 /** A kernel without any rules that takes whatever it is given, except what `refuse` names. */
 function machine(refuse: (argv: readonly string[]) => boolean = () => false) {
   const ran: string[] = [];
@@ -24,30 +26,33 @@ function machine(refuse: (argv: readonly string[]) => boolean = () => false) {
     async run({ argv }: Command): Promise<CommandResult> {
       ran.push(argv.join(" "));
       if (refuse(argv)) return { code: 4, stdout: "", stderr: "no" };
-      return { code: argv.includes("-S") || argv.includes("list") ? 1 : 0, stdout: "", stderr: "" };
+      return { code: READS.test(argv.join(" ")) ? 1 : 0, stdout: "", stderr: "" };
     },
   };
   return { host, ran, files };
 }
 
 const OPTIONS = { confirmWithinMs: 30_000, rulesDir: "/rules", unit: "systemd" } as const;
-const writes = (ran: readonly string[]): string[] => ran.filter((line) => !/ -S | list /.test(line));
+const writes = (ran: readonly string[]): string[] => ran.filter((line) => !READS.test(line));
+/** Of the kernel's rules; the timer of a trial that never began finds nothing to do. */
+const changes = (ran: readonly string[]): string[] =>
+  writes(ran).filter((line) => !/--(test|check)\b|vmmesh-rollback/.test(line));
 
 describe("applyPlan", () => {
-  test("tests both families, ends the former rules' repair, arms the timer, and only then writes", async () => {
+  test("tests both families, arms the timer, ends the former rules' repair, and only then writes", async () => {
     const { host, ran } = machine();
     await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     expect(writes(ran)).toEqual([
+      "nft --check -f -",
       "iptables-nft-restore --test --noflush",
       "ip6tables-nft-restore --test --noflush",
-      "nft --check -f -",
-      "systemctl stop vmmesh-order.service vmmesh-rules.service",
       "systemctl stop vmmesh-rollback.timer",
       "systemd-run --unit=vmmesh-rollback --on-active=30s --timer-property=AccuracySec=100ms --collect /bin/sh /rules/gen-00000000/undo.sh trial",
-      "ip -6 addr add ::6/128 dev lo",
+      "systemctl stop vmmesh-order.service vmmesh-rules.service",
       "nft -f -",
       "iptables-nft-restore --noflush",
       "ip6tables-nft-restore --noflush",
+      "ip -6 addr add ::6/128 dev lo",
     ]);
   });
 
@@ -68,7 +73,7 @@ describe("applyPlan", () => {
       name: "no timer: nothing is applied",
       refuse: "systemd-run",
       code: "RULES_NOT_CONFIRMED",
-      undone: true,
+      undone: false,
     },
     {
       name: "the second family fails: the first is taken out again",
@@ -87,7 +92,57 @@ describe("applyPlan", () => {
     const rendered = renderPlan(planCapture(WISH, MACHINE));
     await expect(applyPlan(host, rendered, OPTIONS)).rejects.toMatchObject({ code });
     expect(ran.some((line) => line.startsWith("sh /rules/gen-00000000/undo.sh trial"))).toBe(undone);
-    if (!undone) expect(writes(ran).every((line) => / --(test|check)\b/.test(line))).toBe(true);
+    if (!undone) expect(changes(ran)).toEqual([]);
+  });
+});
+
+describe("on a machine of which nft knows no table", () => {
+  const fresh = (refuse?: string) => {
+    const { host, ran, files } = machine();
+    const inputs: string[] = [];
+    return {
+      host: {
+        ...host,
+        run: async (command: Command): Promise<CommandResult> => {
+          const line = command.argv.join(" ");
+          if (line === "nft -f -") inputs.push(command.input ?? "");
+          const result = await host.run(command);
+          if (line === refuse && inputs.length < 2) return { ...result, code: 1 };
+          return line === "nft list chains" || line.endsWith("-save") ? { ...result, code: 0 } : result;
+        },
+      },
+      ran,
+      files,
+      inputs,
+    };
+  };
+
+  test("the texts are tried in an empty network namespace, and no chain is asked for by name", async () => {
+    const { host, ran, files } = fresh();
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
+    expect(ran.filter((line) => / -S /.test(line))).toEqual([]);
+    expect(writes(ran).slice(0, 3)).toEqual([
+      "nft --check -f -",
+      "unshare --net iptables-nft-restore --noflush",
+      "unshare --net ip6tables-nft-restore --noflush",
+    ]);
+    expect(await files.list("/rules/gen-00000000")).toContain("made.ip.nat");
+  });
+
+  test("where no namespace may be made, the kernel itself is asked", async () => {
+    const { host, ran } = fresh("unshare --net iptables-nft-restore --noflush");
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
+    expect(writes(ran)).toContain("iptables-nft-restore --test --noflush");
+    expect(writes(ran)).not.toContain("ip6tables-nft-restore --test --noflush");
+  });
+
+  test("a table of our name that came meanwhile is replaced, not added to", async () => {
+    const { host, inputs } = fresh("nft -f -");
+    await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
+    expect(inputs.map((text) => text.split("\n").slice(0, 2))).toEqual([
+      ["create table ip vmmesh", "table ip vmmesh {"],
+      ["add table ip vmmesh", "delete table ip vmmesh"],
+    ]);
   });
 });
 
@@ -109,7 +164,8 @@ test("what the kernel lacks ends an apply before anything is changed, though the
     message: "this kernel has no `owner`, which the rules need",
     next: expect.stringContaining("modprobe xt_owner"),
   });
-  expect(writes(ran).filter((line) => !line.includes("--test") && !line.includes("--check"))).toEqual([]);
+  expect(changes(ran)).toEqual([]);
+  expect(ran.at(-1)).toBe("systemctl stop vmmesh-rollback.timer");
   expect(await files.readLink("/rules/trial")).toBeUndefined();
 });
 

@@ -4,9 +4,9 @@ import {
   ownerOfChain,
   parseBaseChains,
   parseListeners,
+  parseNftChains,
   parseRule,
   parseSave,
-  parseSocketUnits,
   sshPortsOf,
   withoutCounters,
 } from "./parse.ts";
@@ -89,18 +89,19 @@ describe("diverts", () => {
 
 describe("sshd's ports", () => {
   const ss = [
-    'LISTEN 0      128          0.0.0.0:2222      0.0.0.0:*    users:(("sshd",pid=812,fd=3))',
-    'LISTEN 0      4096               *:22              *:*    users:(("systemd",pid=1,fd=70))',
-    'LISTEN 0      4096               *:9090            *:*    users:(("systemd",pid=1,fd=71))',
-    'LISTEN 0      511        127.0.0.1:8080      0.0.0.0:*    users:(("nginx",pid=9,fd=3),("nginx",pid=10,fd=3))',
-    'LISTEN 0      128             [::]:2222         [::]:*    users:(("sshd",pid=812,fd=4))',
+    'LISTEN 0      128          0.0.0.0:2222      0.0.0.0:*    users:(("sshd",pid=812,fd=3)) ino:1002 sk:1 <->',
+    'LISTEN 0      4096               *:22              *:*    users:(("systemd",pid=1,fd=70)) ino:1003 sk:1 <->',
+    'LISTEN 0      4096               *:9090            *:*    users:(("systemd",pid=1,fd=71)) ino:1004 sk:1 <->',
+    'LISTEN 0      511        127.0.0.1:8080      0.0.0.0:*    users:(("nginx",pid=9,fd=3),("nginx",pid=10,fd=3)) ino:1005 sk:1 <->',
+    'LISTEN 0      128             [::]:2222         [::]:*    users:(("sshd",pid=812,fd=4)) ino:1006 sk:1 <->',
   ].join("\n");
 
   test("from sshd's own sockets and from ssh.socket, not from other sockets of systemd", () => {
     expect(
       sshPortsOf(
-        parseListeners(ss),
-        parseSocketUnits("Listen=[::]:22 (Stream)\nListen=0.0.0.0:22 (Stream)\n"),
+        ss,
+        "/proc/812/fd:\nlrwx------ 1 root root 64 Nov 23 16:00 3 -> socket:[1002]\n",
+        "Listen=[::]:22 (Stream)\nListen=0.0.0.0:22 (Stream)\n",
       ),
     ).toEqual([22, 2222]);
   });
@@ -145,4 +146,23 @@ table inet x {
     ["inet firewalld", "mangle_PREROUTING", "prerouting", -140],
     ["inet x", "f", "input", 0],
   ]);
+});
+
+test("parseNftChains names every table, also one without chains", () => {
+  const text = `table ip nat {
+	chain OUTPUT {
+		type nat hook output priority -100; policy accept;
+	}
+	chain ISTIO_OUTPUT {
+	}
+}
+table inet vmmesh-fence {
+}
+`;
+  expect(parseNftChains(text)).toEqual(
+    new Map([
+      ["ip nat", new Set(["OUTPUT", "ISTIO_OUTPUT"])],
+      ["inet vmmesh-fence", new Set()],
+    ]),
+  );
 });

@@ -159,18 +159,23 @@ export function parseListeners(text: string): ListeningSocket[] {
   });
 }
 
-/** Ports of ssh servers. With `ssh.socket` systemd itself holds the port; `socketUnitPorts` says which those are. */
-export function sshPortsOf(
-  listeners: readonly ListeningSocket[],
-  socketUnitPorts: readonly number[],
-): number[] {
-  const ports = listeners
-    .filter(
-      ({ port, processes }) =>
-        processes.some(({ name }) => /^(sshd(-session)?|dropbear|tinysshd)$/.test(name)) ||
-        socketUnitPorts.includes(port),
-    )
-    .map(({ port }) => port);
+/** Names of ssh servers' processes, as a whole. */
+export const SSH_SERVERS = /sshd(-session)?|dropbear|tinysshd/;
+
+/**
+ * Ports of ssh servers. With `ssh.socket` systemd itself holds the port; then the unit says which those are. Pure.
+ *
+ * @param ss of `ss -ltneH`: a line a socket, with `ino:`
+ * @param files of `ls -l /proc/PID/fd` of the servers: `3 -> socket:[1234]`
+ * @param units of `systemctl show -p Listen`
+ */
+export function sshPortsOf(ss: string, files: string, units: string): number[] {
+  const theirs = new Set([...files.matchAll(/ -> socket:\[(\d+)\]/g)].map(([, inode]) => inode));
+  const unitPorts = parseSocketUnits(units);
+  const ports = ss.split("\n").flatMap((line) => {
+    const held = theirs.has(/ ino:(\d+)/.exec(line)?.[1]);
+    return parseListeners(line).flatMap(({ port }) => (held || unitPorts.includes(port) ? [port] : []));
+  });
   return [...new Set(ports)].sort((a, b) => a - b);
 }
 
@@ -220,4 +225,18 @@ export function parseBaseChains(text: string): BaseChain[] {
     });
   }
   return found;
+}
+
+/** `nft list chains`: the names of the chains of each table, by the table as nft names it (`ip nat`). */
+export function parseNftChains(text: string): Map<string, Set<string>> {
+  const tables = new Map<string, Set<string>>();
+  let chains = new Set<string>();
+  for (const [, kind, name = ""] of text.matchAll(/^\s*(table|chain) (.+) \{/gm)) {
+    if (kind === "chain") chains.add(name);
+    else {
+      chains = new Set();
+      tables.set(name, chains);
+    }
+  }
+  return tables;
 }

@@ -1,15 +1,17 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, CommandResult, Host } from "../platform/host.ts";
 import { type BackendEvidence, evidenceOf, nftRulesMatter, settleBackend } from "./backend.ts";
+import { runInTurn } from "./inTurn.ts";
 import {
   diverts,
   KNOWN_DIVERTERS,
   ownerOfChain,
   type ParsedRule,
-  parseListeners,
+  type ParsedTable,
+  parseNftChains,
   parseRules,
   parseSave,
-  parseSocketUnits,
+  SSH_SERVERS,
   sshPortsOf,
 } from "./parse.ts";
 import type { Backend, BackendWish, MachineFacts } from "./plan/wish.ts";
@@ -39,32 +41,62 @@ export async function legacyTables(host: Pick<Host, "files">, family: Family): P
 
 type Found = Pick<BackendEvidence, "program" | "fault">;
 
-/**
- * The program of a backend. Debian names both; where only the plain `iptables` is there it stands for the one that it is.
- *
- * @param plainIs what the plain `iptables` says of itself; undefined: there is none
- */
-async function findBackend(host: Runs, backend: Backend, plainIs: Backend | undefined): Promise<Found> {
-  for (const program of [`iptables-${backend}`, ...(plainIs === backend ? ["iptables"] : [])]) {
-    // One chain by name costs the same beside any number of rules; legacy would make the table that it is asked for.
-    const what = backend === "nft" ? ["-t", "nat", "-S", "OUTPUT"] : ["--version"];
-    const result = await tryRun(host, { argv: [program, ...what] });
-    // A link to a program that is not there is no program either.
-    if (result === undefined || result.code === 127) continue;
-    // 4: no privilege, or no nf_tables; a chain that is not there, or that iptables cannot show, is none of that.
-    return result.code === 4 ? { fault: result.stderr.trim().split("\n")[0] ?? "" } : { program };
-  }
-  return {};
+const VERSION = ["--version"] as const;
+/** One chain by name costs the same beside any number of rules; legacy would make the table that it is asked for. */
+const ASKED: Readonly<Record<Backend, readonly string[]>> = {
+  nft: ["-t", "nat", "-S", "OUTPUT"],
+  legacy: VERSION,
+};
+/** The program of nearly every machine. */
+const LIKELY_IP6 = "ip6tables-nft";
+
+/** The programs of both backends, and what the plain `iptables` says of itself; undefined: there is none. */
+async function findBackends(
+  host: Runs,
+): Promise<Record<Backend, Found> & { plainIs: Backend | undefined; likelyIp6: boolean }> {
+  const [plain, nft, legacy, ip6] = await runInTurn(host, [
+    ["iptables", ...VERSION],
+    ["iptables-nft", ...ASKED.nft],
+    ["iptables-legacy", ...ASKED.legacy],
+    [LIKELY_IP6, ...VERSION],
+  ]);
+  const plainIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
+  const find = async (backend: Backend, named: CommandResult | undefined): Promise<Found> =>
+    foundIn(`iptables-${backend}`, named) ??
+    // Debian names both; where only the plain `iptables` is there it stands for the one that it is.
+    (plainIs === backend
+      ? foundIn("iptables", await tryRun(host, { argv: ["iptables", ...ASKED[backend]] }))
+      : undefined) ??
+    {};
+  return {
+    nft: await find("nft", nft),
+    legacy: await find("legacy", legacy),
+    plainIs,
+    likelyIp6: ip6?.code === 0,
+  };
 }
 
-async function backendEvidence(host: Runs, { program, fault }: Found): Promise<BackendEvidence> {
+/** undefined: there is no such program; a link to one that is not there is none either. */
+function foundIn(program: string, result: CommandResult | undefined): Found | undefined {
+  if (result === undefined || result.code === 127) return undefined;
+  // 4: no privilege, or no nf_tables; a chain that is not there, or that iptables cannot show, is none of that.
+  return result.code === 4 ? { fault: result.stderr.trim().split("\n")[0] ?? "" } : { program };
+}
+
+async function backendEvidence(
+  host: Reads,
+  backend: Backend,
+  { program, fault }: Found,
+): Promise<BackendEvidence> {
   if (program === undefined) return { ...evidenceOf(undefined), ...(fault === undefined ? {} : { fault }) };
+  if (backend === "legacy" && (await legacyTables(host, 4)).length === 0)
+    return { ...evidenceOf([]), program };
   // Without -t, legacy's save prints the registered tables and registers none.
   const save = await tryRun(host, { argv: [`${program}-save`] });
   return { ...evidenceOf(parseSave(save?.stdout ?? "")), program };
 }
 
-/** Does the kernel take what guard and fence need? `--check` sends the tables to the kernel and commits nothing (nft(8)). */
+/** What guard and fence need of the kernel. */
 const NFT_PROBE = `table inet vmmesh-probe {
 	chain refuse { type filter hook output priority 10; policy accept;
 		ct original ip daddr 192.0.2.0/24 meta skuid 1 reject with tcp reset
@@ -87,21 +119,39 @@ const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
 `;
 
 /**
+ * Does the kernel take what guard and fence need? `--check` sends the tables to the kernel and commits nothing (nft(8)). Each
+ * costs a grace period of the kernel (13 ms at 250 Hz), one after the other: both are asked for together, and each alone
+ * only where that is refused.
+ */
+async function probeNft(
+  host: Runs,
+): Promise<{ tables: CommandResult | undefined; timeouts: CommandResult | undefined }> {
+  const check = (input: string): Promise<CommandResult | undefined> =>
+    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input });
+  const all = await check(`${NFT_PROBE}${NFT_TIMEOUT_PROBE}`);
+  if (all === undefined || all.code === 0) return { tables: all, timeouts: all };
+  const [tables, timeouts] = await Promise.all([check(NFT_PROBE), check(NFT_TIMEOUT_PROBE)]);
+  return { tables, timeouts };
+}
+
+/**
  * What decides how a wish becomes rules on this machine. Writes nothing, registers no legacy table.
  *
  * @throws {VmmeshError} RULES_PRIVILEGE without CAP_NET_ADMIN; RULES_REJECTED if the backend that was asked for cannot work here
  */
 export async function readMachine(host: Reads, wished: BackendWish = "auto"): Promise<MachineFacts> {
-  const plain = await tryRun(host, { argv: ["iptables", "--version"] });
-  const plainIs = plain?.code === 0 ? (plain.stdout.includes("nf_tables") ? "nft" : "legacy") : undefined;
-  const [nftFound, legacy, probe, timeouts, sshPorts, links] = await Promise.all([
-    findBackend(host, "nft", plainIs),
-    findBackend(host, "legacy", plainIs).then((found) => backendEvidence(host, found)),
-    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE }),
-    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_TIMEOUT_PROBE }),
-    readSshPorts(host),
-    tryRun(host, { argv: ["ip", "-o", "link", "show"] }),
-  ]);
+  // The longest first: the kernel keeps the probe waiting, `ss` looks at every file of every process.
+  const probed = probeNft(host);
+  const ports = readSshPorts(host);
+  const programs = findBackends(host);
+  const [{ tables: probe, timeouts }, sshPorts, { nft: nftFound, plainIs, likelyIp6 }, legacy, links] =
+    await Promise.all([
+      probed,
+      ports,
+      programs,
+      programs.then((found) => backendEvidence(host, "legacy", found.legacy)),
+      host.files.readText("/proc/net/dev"),
+    ]);
   const refusal = [probe?.stderr, nftFound.fault].find((text) =>
     /not permitted|permission denied|must be root/i.test(text ?? ""),
   );
@@ -113,7 +163,7 @@ export async function readMachine(host: Reads, wished: BackendWish = "auto"): Pr
   }
   const nft =
     nftFound.program === undefined || (wished === "auto" && nftRulesMatter(legacy, plainIs))
-      ? await backendEvidence(host, nftFound)
+      ? await backendEvidence(host, "nft", nftFound)
       : { ...evidenceOf([]), ...nftFound };
   const { backend, why } = settleBackend(wished, {
     nft,
@@ -124,7 +174,10 @@ export async function readMachine(host: Reads, wished: BackendWish = "auto"): Pr
   });
   const ip4 = backend === undefined ? undefined : (backend === "nft" ? nft : legacy).program;
   const ip6 = ip4?.replace("iptables", "ip6tables");
-  const ip6Works = ip6 !== undefined && (await tryRun(host, { argv: [ip6, "--version"] }))?.code === 0;
+  const ip6Works =
+    ip6 === LIKELY_IP6
+      ? likelyIp6
+      : ip6 !== undefined && (await tryRun(host, { argv: [ip6, ...VERSION] }))?.code === 0;
   return {
     backend,
     backendWhy: why,
@@ -134,22 +187,34 @@ export async function readMachine(host: Reads, wished: BackendWish = "auto"): Pr
     ipv6: ((await host.files.readText("/proc/net/if_inet6")) ?? "") !== "",
     dnsTimeouts: timeouts?.code === 0,
     sshPorts,
-    ...(links?.code === 0 ? { interfaces: parseLinks(links.stdout) } : {}),
+    ...(links === undefined ? {} : { interfaces: parseLinks(links) }),
   };
 }
 
-/** `2: eth0@if5: <BROADCAST,…` */
+/** `  eth0: 1500 …`, after two lines of headings. @see proc_pid_net(5) */
 function parseLinks(text: string): string[] {
-  return [...text.matchAll(/^\d+: ([^:@\s]+)/gm)].map(([, name = ""]) => name);
+  return [...text.matchAll(/^ *([^:|\s]+):/gm)].map(([, name = ""]) => name);
 }
+
+/**
+ * The open files of every process with the name of an ssh server. `ss -p` looks at those of every process: on a machine with
+ * many it takes longer than all else that is read.
+ */
+const SSHD_FILES = `set -- $(grep -slxE '${SSH_SERVERS.source}' /proc/[0-9]*/comm)
+for comm; do
+  shift
+  set -- "$@" "\${comm%comm}fd"
+done
+[ $# -eq 0 ] || exec ls -l "$@" 2>/dev/null`;
 
 /** Ports on which sshd really listens; 22 if nobody can say. */
 export async function readSshPorts(host: Reads): Promise<number[]> {
-  const [sockets, units] = await Promise.all([
-    tryRun(host, { argv: ["ss", "-ltnpH"] }),
-    tryRun(host, { argv: ["systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket"] }),
+  const [sockets, files, units] = await runInTurn(host, [
+    ["ss", "-ltneH"],
+    ["sh", "-c", SSHD_FILES],
+    ["systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket"],
   ]);
-  const ports = sshPortsOf(parseListeners(sockets?.stdout ?? ""), parseSocketUnits(units?.stdout ?? ""));
+  const ports = sshPortsOf(sockets?.stdout ?? "", files?.stdout ?? "", units?.stdout ?? "");
   return ports.length > 0 ? ports : [22];
 }
 
@@ -224,38 +289,117 @@ async function readChains(
   return rules;
 }
 
-/** What of the plan is in the kernel's iptables now. A few milliseconds a chain, whatever other rules there are. */
-export async function readTables(host: Reads, plan: CapturePlan): Promise<SeenTable[]> {
+/** The chains of every table, by the table as nft names it (`ip nat`). */
+export type NftChains = ReadonlyMap<string, ReadonlySet<string>>;
+
+/**
+ * Every table and its chains, without a rule (65 ms beside 16,000 chains of kube-proxy's; `nft list tables` of 1.0.6 reads the
+ * rules, too). undefined: nobody can say.
+ */
+export async function listNftChains(host: Runs): Promise<NftChains | undefined> {
+  const result = await tryRun(host, { argv: ["nft", "list", "chains"] });
+  return result?.code === 0 ? parseNftChains(result.stdout) : undefined;
+}
+
+/** Had the nft backend of iptables nothing in this family? */
+export function isNew(
+  { backend }: Pick<CapturePlan, "backend">,
+  before: NftChains | undefined,
+  family: Family,
+): boolean {
+  return (
+    backend === "nft" &&
+    before !== undefined &&
+    ["raw", "mangle", "nat", "filter", "security"].every((table) => !before.has(nftName(family, table)))
+  );
+}
+
+/** A table of iptables as nft names it. */
+export function nftName(family: Family, table: string): string {
+  return `${family === 4 ? "ip" : "ip6"} ${table}`;
+}
+
+/** The tables of iptables that a plan writes. */
+export function writtenTables(plan: CapturePlan): { readonly of: FamilyPlan; readonly table: Table }[] {
   if (plan.backend === undefined) return [];
-  const wanted = plan.families.filter(({ family }) => plan.programs[family] !== undefined);
+  return plan.families
+    .filter(({ family }) => plan.programs[family] !== undefined)
+    .flatMap((of) =>
+      TABLES.filter((table) => tableRules(of, table).length > 0).map((table) => ({ of, table })),
+    );
+}
+
+/**
+ * What of the plan is in the kernel's iptables now. A few milliseconds a chain, whatever other rules there are.
+ *
+ * @param before what was there before us; undefined: not known
+ * @param now of families that were new to iptables: are they still, or do they hold our rules and next to no others
+ */
+export async function readTables(
+  host: Reads,
+  plan: CapturePlan,
+  before?: NftChains,
+  now: "nothing" | "ours" = "ours",
+): Promise<SeenTable[]> {
+  const written = writtenTables(plan);
+  const fresh = [...new Set(written.map(({ of }) => of.family))].filter((family) =>
+    isNew(plan, before, family),
+  );
+  const saved = now === "nothing" ? new Map<Family, ParsedTable[]>() : await readWhole(host, plan, fresh);
   return Promise.all(
-    wanted.flatMap((of) =>
-      TABLES.filter((table) => tableRules(of, table).length > 0).map((table) =>
-        readTable(host, plan, of, table),
+    written.map(({ of, table }) =>
+      readTable(
+        host,
+        plan,
+        of,
+        table,
+        fresh.includes(of.family) ? { rules: rulesOf(saved.get(of.family) ?? [], table) } : {},
       ),
     ),
   );
 }
 
+function rulesOf(saved: readonly ParsedTable[], table: Table): readonly ParsedRule[] {
+  return saved.find(({ name }) => name === table)?.rules ?? [];
+}
+
+/** All tables of some families: a program for each, whose cost grows with the rules of others. */
+async function readWhole(
+  host: Reads,
+  plan: Pick<CapturePlan, "programs">,
+  families: readonly Family[],
+): Promise<Map<Family, ParsedTable[]>> {
+  if (families.length === 0) return new Map();
+  const argvs = families.map((family) => [`${plan.programs[family]}-save`]);
+  const results = await runInTurn(host, argvs);
+  const failed = results.findIndex(({ code }) => code !== 0);
+  const result = results[failed];
+  if (result !== undefined) throw await refusal(host, result, argvs[failed]?.join(" ") ?? "");
+  return new Map(families.map((family, at) => [family, parseSave(results[at]?.stdout ?? "")]));
+}
+
 /**
  * One table of one family.
- * @param known what is in our own chains, if that is known already
+ * @param known what is in our own chains, or in the whole table, if that is known already
  */
 export async function readTable(
   host: Reads,
   plan: CapturePlan,
   wanted: FamilyPlan,
   table: Table,
-  known?: readonly string[],
+  known: { readonly own?: readonly string[]; readonly rules?: readonly ParsedRule[] } = {},
 ): Promise<SeenTable> {
   const { family } = wanted;
   const chains = ownChains(wanted, table);
-  const asked = [...HOOKS, ...(known === undefined ? chains : [])];
-  const rulesOf = await readChains(host, plan, family, table, asked);
-  const hookRules = rulesOf.slice(0, HOOKS.length);
+  const asked = [...HOOKS, ...(known.own === undefined ? chains : [])];
+  const found =
+    known.rules === undefined
+      ? await readChains(host, plan, family, table, asked)
+      : asked.map((chain) => known.rules?.filter((rule) => rule.chain === chain) ?? []);
+  const hookRules = found.slice(0, HOOKS.length);
   const own =
-    known ??
-    rulesOf
+    known.own ??
+    found
       .slice(HOOKS.length)
       .flat()
       .map(({ line }) => line);
@@ -327,8 +471,22 @@ export function foreignIstio(
 
 /** A table of ours as nft prints it, without counters and set elements; undefined if it is not there. */
 export async function listNftTable(host: Runs, table: string): Promise<string | undefined> {
-  const result = await tryRun(host, { argv: ["nft", "-s", "-t", "list", "table", ...words(table)] });
-  return result?.code === 0 ? result.stdout : undefined;
+  return (await listNftTables(host, [table]))[table];
+}
+
+/** The same of several. */
+export async function listNftTables(
+  host: Runs,
+  names: readonly string[],
+): Promise<Readonly<Record<string, string | undefined>>> {
+  if (names.length === 0) return {};
+  const results = await runInTurn(
+    host,
+    names.map((name) => ["nft", "-s", "-t", "list", "table", ...words(name)]),
+  );
+  return Object.fromEntries(
+    names.map((name, at) => [name, results[at]?.code === 0 ? results[at].stdout : undefined]),
+  );
 }
 
 function words(table: string): string[] {

@@ -268,7 +268,11 @@ function without(programs: RegExp): Host {
     run: async (command, signal) => {
       if (programs.test(command.argv[0]))
         throw new VmmeshError("COMMAND_MISSING", `there is no ${command.argv[0]}`);
-      return lab.host.run(command, signal);
+      // A line of its own for each program (inTurn.ts).
+      const absent = (word: string): string =>
+        word.replace(/^'([^']+)'/gm, (line, program: string) => (programs.test(program) ? "'absent'" : line));
+      const [program, ...words] = command.argv;
+      return lab.host.run({ ...command, argv: [program, ...words.map(absent)] }, signal);
     },
   };
 }
@@ -287,7 +291,7 @@ async function withoutExtension(extension: string): Promise<Host> {
       lab.host.run(
         {
           ...command,
-          argv: /tables/.test(command.argv[0])
+          argv: command.argv.slice(0, 3).some((word) => /^ip6?tables/.test(word))
             ? ["env", `XTABLES_LIBDIR=${libraries}`, ...command.argv]
             : command.argv,
         },

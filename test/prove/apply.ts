@@ -127,7 +127,8 @@ function rows(count: number, { inForceMs, wholeMs, peerMs }: Medians, rounds: nu
       `looked, tested, armed, applied and read back, by the peer's time, ${beside}`,
       rounded(wholeMs / peerMs, 3),
       "ratio",
-      count === 0 ? "" : "< 1",
+      // On empty tables it is 1.5 at rest; on two cores with a load of 12, where each start of a program counts, up to 2.9.
+      count === 0 ? "< 3" : "< 1",
     ),
   ];
 }

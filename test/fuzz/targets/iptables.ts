@@ -1,10 +1,8 @@
 import {
   parseBaseChains,
-  parseListeners,
   parseRule,
   parseRules,
   parseSave,
-  parseSocketUnits,
   sshPortsOf,
   withoutCounters,
 } from "../../../agent/iptables/parse.ts";
@@ -48,7 +46,7 @@ export const target: Target = {
     parseSave(text);
     withoutCounters(text);
     parseBaseChains(text);
-    sshPortsOf(parseListeners(text), parseSocketUnits(text));
+    sshPortsOf(text, text, text);
     for (const family of [4, 6] as const)
       for (const legacySave of [text, ""])
         buildRuleset(
