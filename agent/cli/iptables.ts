@@ -71,7 +71,9 @@ export async function audit(options: Options): Promise<number> {
   // Who may not read the firewall hears so as a finding, not as an error.
   const wanted =
     joined && process.getuid?.() === 0
-      ? await planFor(host, await readWorkload(host, paths), await readOwners(host, paths.root === "/"))
+      ? Promise.all([readWorkload(host, paths), readOwners(host, paths.root === "/")]).then(
+          ([workload, owners]) => planFor(host, workload, owners),
+        )
       : undefined;
   const findings = await auditCapture(host, joined ? paths.rules : undefined, wanted);
   const tookMs = Math.round(host.clock.monotonicMs() - started);

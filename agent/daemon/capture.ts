@@ -94,7 +94,11 @@ export async function captureWish(host: Host, workload: Workload, owners: Owners
 }
 
 export async function planFor(host: Host, workload: Workload, owners: Owners): Promise<CapturePlan> {
-  return planCapture(await captureWish(host, workload, owners), await readMachine(host, workload.backend));
+  const [wish, machine] = await Promise.all([
+    captureWish(host, workload, owners),
+    readMachine(host, workload.backend),
+  ]);
+  return planCapture(wish, machine);
 }
 
 /** What `vmmesh status` says on capture. */

@@ -1,8 +1,8 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { Command, CommandResult, Files, Host } from "../platform/host.ts";
 import { REPAIRS, UNITS } from "../platform/services.ts";
+import { accepted, acceptedElsewhere } from "./accept.ts";
 import { findOurs } from "./elsewhere.ts";
-import { lackOf } from "./lack.ts";
 import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
 import { withoutCounters } from "./parse.ts";
 import { backendWords } from "./plan/describe.ts";
@@ -327,19 +327,6 @@ async function testNft(host: Applies, rendered: RenderedPlan): Promise<void> {
 async function accept(host: Applies, argv: Command["argv"], what: string, input: string): Promise<void> {
   const result = await host.run({ argv, input });
   if (!accepted(result)) throw await refusal(host, result, what);
-}
-
-/** Of what the kernel lacks, iptables only warns. */
-const accepted = ({ code, stderr }: CommandResult): boolean => code === 0 && lackOf(stderr) === undefined;
-
-/**
- * Does an empty network namespace, which ends with the program, take the text? For tables that are not there yet it is the
- * same kernel in the same state, and it takes them in a few milliseconds; `--test` gives each table back, and for that the
- * kernel waits a grace period (13 ms at 250 Hz). A "no" may come from a container that may make no namespaces.
- */
-async function acceptedElsewhere(host: Applies, command: Command["argv"], input: string): Promise<boolean> {
-  const result = await tryRun(host, { argv: ["unshare", "--net", ...command], input });
-  return result !== undefined && accepted(result);
 }
 
 async function writeGeneration(

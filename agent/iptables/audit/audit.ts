@@ -61,10 +61,10 @@ export function judge(evidence: Evidence): Finding[] {
 export async function auditCapture(
   host: Pick<Host, "run" | "files" | "clock">,
   rulesDir: string | undefined,
-  wanted?: CapturePlan,
+  wanted?: CapturePlan | Promise<CapturePlan>,
 ): Promise<Finding[]> {
-  // One after the other: what the probe itself changes is not to be read as the machine's own.
-  const evidence = await gather(host, rulesDir);
+  const [evidence, today] = await Promise.all([gather(host, rulesDir), wanted]);
+  // After it: what the probe itself changes is not to be read as the machine's own.
   const judged = judge(evidence);
   const probes = await probeFamilies(host, rulesDir);
   const { confirmed } = evidence;
@@ -72,6 +72,6 @@ export async function auditCapture(
     ...judged,
     ...mismatchFindings(judged, probes),
     ...probes.flatMap(judgeProbe),
-    ...(confirmed === undefined || wanted === undefined ? [] : driftFindings(confirmed.plan, wanted)),
+    ...(confirmed === undefined || today === undefined ? [] : driftFindings(confirmed.plan, today)),
   ];
 }

@@ -1,4 +1,5 @@
 import { VmmeshError } from "../../core/errors.ts";
+import { accepted, acceptedElsewhere } from "../accept.ts";
 import { readState } from "../apply.ts";
 import { type BackendEvidence, evidenceOf } from "../backend.ts";
 import { lackOf } from "../lack.ts";
@@ -76,7 +77,7 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
   const confirmed =
     rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state;
   const plan = confirmed?.plan;
-  const [seen, saves, chains, tcp, udp, ps, routes, around, ours] = await Promise.all([
+  const [seen, saves, chains, tcp, udp, ps, routes, around, ours, rest] = await Promise.all([
     readTablesOrWhy(host, plan),
     readSaves(host),
     tryRun(host, { argv: ["nft", "list", "chains"] }),
@@ -90,7 +91,16 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
         async (name) => [name, await listNftTable(host, name)] as const,
       ),
     ),
+    Promise.all([
+      plan === undefined ? undefined : refusalOf(host, plan),
+      readSshPorts(host),
+      persistedRules(host),
+      plan === undefined ? [] : missingRouting(host, plan),
+      rulesDir !== undefined && isOverdue(host, rulesDir),
+      legacyTables(host, 4),
+    ]),
   ]);
+  const [refusal, sshPorts, persisted, routing, overdueTrial, registered] = rest;
   const [nft, legacy] = (["nft", "legacy"] as const).map((backend) =>
     evidenceOf(saves.find((save) => save.backend === backend && save.family === 4)?.tables),
   );
@@ -101,7 +111,7 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
   return {
     noPrivilege: undefined,
     confirmed,
-    overdueTrial: rulesDir !== undefined && (await isOverdue(host, rulesDir)),
+    overdueTrial,
     tables: seen.tables,
     strayRules: plan === undefined ? strayRules(tables) : [],
     nftNow: Object.fromEntries(ours),
@@ -110,16 +120,16 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
     dormant: await dormantTables(host, ours, nft.rules),
     around,
     backends: { nft, legacy },
-    legacyTables: await legacyTables(host, 4),
+    legacyTables: registered,
     input: inputOf(tables),
     listeners: parseListeners(tcp?.stdout ?? ""),
     udpListeners: parseListeners(udp?.stdout ?? ""),
     processes: parseProcesses(ps?.stdout ?? ""),
-    sshPorts: await readSshPorts(host),
+    sshPorts,
     ipv6Default: (routes?.stdout ?? "").trim() !== "",
-    persisted: await persistedRules(host),
-    refusal: plan === undefined ? undefined : await refusalOf(host, plan),
-    routing: plan === undefined ? [] : await missingRouting(host, plan),
+    persisted,
+    refusal,
+    routing,
     traces: [
       ...tables.flatMap(({ rules }) =>
         rules.filter(({ target }) => target === "TRACE").map(({ line }) => line),
@@ -210,15 +220,33 @@ async function refusalOf(host: Reads, plan: CapturePlan): Promise<string | undef
     [4, rendered.ipv4],
     [6, rendered.ipv6],
   ];
-  for (const [family, text] of texts) {
-    if (text === undefined) continue;
-    const [program, ...args] = restoreCommand(plan, family);
-    const result = await host.run({ argv: [program, "--test", ...args], input: text });
-    const lack = lackOf(result.stderr)?.sentence;
-    if (result.code !== 0 || lack !== undefined) return lack ?? result.stderr.trim().split("\n")[0];
-  }
   const nft = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
-  if (nft === "") return undefined;
-  const result = await tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: nft });
+  const refusals = await Promise.all([
+    ...texts.map(([family, text]) =>
+      text === undefined ? undefined : refusalOfText(host, plan, family, text),
+    ),
+    nft === "" ? undefined : refusalOfNft(host, nft),
+  ]);
+  return refusals.find((why) => why !== undefined);
+}
+
+async function refusalOfText(
+  host: Reads,
+  plan: CapturePlan,
+  family: Family,
+  input: string,
+): Promise<string | undefined> {
+  const command = restoreCommand(plan, family);
+  // What stands in the way in the tables themselves is a finding of its own; legacy's test costs nothing.
+  if (plan.backend === "nft" && (await acceptedElsewhere(host, command, input))) return undefined;
+  const [program, ...args] = command;
+  const result = await host.run({ argv: [program, "--test", ...args], input });
+  return accepted(result)
+    ? undefined
+    : (lackOf(result.stderr)?.sentence ?? result.stderr.trim().split("\n")[0]);
+}
+
+async function refusalOfNft(host: Reads, input: string): Promise<string | undefined> {
+  const result = await tryRun(host, { argv: ["nft", "--check", "-f", "-"], input });
   return result?.code === 0 ? undefined : (result?.stderr.trim().split("\n")[0] ?? "nft is not installed");
 }
