@@ -115,6 +115,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
   // ——— configuration
   let lastRejection: string | undefined;
   let identityRefused = false;
+  let reached = 0;
   let lostAt: Date | undefined = startedAt;
   const onEvent = (event: RelayEvent): void => {
     switch (event.kind) {
@@ -122,6 +123,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         metrics.xdsConnected.set(1);
         lostAt = undefined;
         identityRefused = false;
+        reached += 1;
         conditions.clear("control-plane-unreachable");
         log.info(`connected to istiod at ${event.address}`);
         return;
@@ -389,6 +391,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               credentialExec: workload.credentialExec,
               conditions,
               isRefused: () => identityRefused,
+              reached: () => reached,
               onRenewed: (svid, by) => {
                 metrics.certRenewals.inc({ result: "success" });
                 const not_after = svid.notAfter.toISOString();

@@ -291,6 +291,23 @@ describe("an identity through faults", () => {
     expect(longest(false)).toBeLessThanOrEqual(30 * SECOND_MS);
   });
 
+  test("istiod's stream is back in the middle of a long wait: the next attempt is made at once", async () => {
+    const machine = new Machine(plane, mint(plane));
+    machine.reachable = false;
+    let reached = 0;
+    await machine.live(
+      (sleeps) => {
+        if (sleeps === 40) {
+          machine.reachable = true;
+          reached += 1;
+        }
+        return machine.renewed.length > 0;
+      },
+      { reached: () => reached },
+    );
+    expect(machine.slept.length).toBe(41);
+  });
+
   test("a certificate that the control plane refuses is not kept to half of its life, and the CA is not asked in a loop", async () => {
     const machine = new Machine(plane, mint(plane));
     await machine.live(

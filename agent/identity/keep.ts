@@ -30,6 +30,8 @@ export interface KeepDeps extends CredentialSources {
   readonly conditions: Conditions;
   /** Does the control plane refuse the certificate where it is presented? Then its time of renewal is not waited for. */
   isRefused?(): boolean;
+  /** How often istiod was reached by others: another number, and a failed attempt is made again at once. */
+  reached?(): number;
   onRenewed(svid: Svid, by: CredentialKind): void;
   onFailed(): void;
   onStatus(status: IdentityStatus): void;
@@ -127,6 +129,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       continue;
     }
     const tokenBefore = await readTokenFile(files, deps.tokenFile);
+    const reachedBefore = deps.reached?.();
     try {
       const ca = await deps.ca();
       roots = ca.rootCert;
@@ -167,6 +170,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
         clock,
         waitMs,
         async () => {
+          if (deps.reached?.() !== reachedBefore) return true;
           const token = await readTokenFile(files, deps.tokenFile);
           if (token !== undefined && token !== tokenBefore && mayWork(token, clock.now())) return true;
           return takeStored();

@@ -15,7 +15,8 @@ import { installPeer, startPeer } from "../lab/peer.ts";
 import { packageFile } from "../vm/package.ts";
 import type { Side } from "./fault.ts";
 
-const PORT = 9080;
+/** The application's, on each machine. */
+export const PORT = 9080;
 const PROGRAM = new URL("../lab/load.mjs", import.meta.url).pathname;
 
 /** What a client outside the machine has seen. */
