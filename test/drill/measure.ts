@@ -60,7 +60,7 @@ export async function underLoad(
         );
         const wellAt = Date.now();
         const seen = await load.stop();
-        if (seen.firstLoss !== undefined && seen.firstLoss < begun - 100)
+        if (seen.firstFailedAt !== undefined && seen.firstFailedAt < begun)
           throw new Error(`${target.url} lost requests before ${fault}: ${words(seen)}`);
         const { allowed, because } = allowance(target, seen);
         const { end, unmet } = await after(target);

@@ -25,8 +25,9 @@ export interface Seen {
   readonly lost: number;
   /** Reason → how often. */
   readonly reasons: Readonly<Record<string, number>>;
-  /** When the first and the last lost request were sent, in ms since the epoch. */
-  readonly firstLoss: number | undefined;
+  /** When the first lost request was known to be lost, in ms since the epoch. */
+  readonly firstFailedAt: number | undefined;
+  /** When the last lost request was sent. */
   readonly lastLoss: number | undefined;
   /** When the first answer with 200 came after `at` (ms since the epoch; exact to 50 ms). */
   answeredAfter(at: number): number | undefined;
@@ -197,12 +198,12 @@ async function stopLoad(child: ChildProcessWithoutNullStreams): Promise<Seen> {
   const code = await closed;
   if (code !== 0) throw new Error(`the client ended with ${code}: ${Buffer.concat(err).toString()}`);
   const report = JSON.parse(Buffer.concat(out).toString()) as LoadReport;
-  const { losses, answered, spans } = report;
+  const { losses, firstFailedAt, answered, spans } = report;
   return {
     requests: report.sent,
     lost: report.failed,
     reasons: report.failures,
-    firstLoss: losses.length === 0 ? undefined : Math.min(...losses),
+    firstFailedAt,
     lastLoss: losses.length === 0 ? undefined : Math.max(...losses),
     answeredAfter: (at) => answered.find((time) => time >= at),
     underWayDuring: (times) =>

@@ -6,6 +6,7 @@ const [url, rate] = [process.argv[2], Number(process.argv[3])];
 let total = process.argv[4] === undefined ? Number.POSITIVE_INFINITY : rate * Number(process.argv[4]);
 const agent = new http.Agent({ keepAlive: true, maxSockets: 64 });
 const losses = [];
+let firstFailedAt;
 const failures = {};
 const servers = {};
 const answered = [];
@@ -27,6 +28,7 @@ function send() {
       return;
     }
     losses.push(at);
+    firstFailedAt ??= now;
     failures[reason] = (failures[reason] ?? 0) + 1;
   };
   const request = http.get(url, { agent, timeout: 5000 }, (response) => {
@@ -59,6 +61,6 @@ const timer = setInterval(() => {
   while (sent < due) send();
   if (sent < total || done < sent) return;
   clearInterval(timer);
-  const report = { sent, failed: losses.length, failures, servers, losses, answered, spans };
+  const report = { sent, failed: losses.length, failures, servers, losses, firstFailedAt, answered, spans };
   process.stdout.write(`${JSON.stringify(report)}\n`, () => process.exit(0));
 }, 5);

@@ -15,6 +15,8 @@ export interface LoadReport {
   readonly servers: Readonly<Record<string, number>>;
   /** When each that failed was sent. */
   readonly losses: readonly number[];
+  /** When the first of them was known to have failed; left out if none has. */
+  readonly firstFailedAt?: number;
   /** When the answers with 200 came, thinned to one in 50 ms: enough to say when a service was back. */
   readonly answered: readonly number[];
   /** Of each request, when it was sent and when it was over, one after the other. */
