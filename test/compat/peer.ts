@@ -5,6 +5,8 @@ import { type Output, sh } from "../lab/sh.ts";
 export const PILOT_AGENT = `${ISTIO_BIN}/pilot-agent`;
 /** Addresses beside loopback and link-local ones. */
 export const ADDRESSES = { 4: "10.9.0.1/24", 6: "fd00:9::1/64" } as const;
+/** Who calls from outside. */
+export const CALLERS = { 4: "10.9.0.2/24", 6: "fd00:9::2/64" } as const;
 export const PASSWD =
   "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\nistio-proxy:x:998:997::/:/bin/sh\n";
 const GROUP = "root:x:0:\nftp:x:21:\njava:x:203:\n";
@@ -13,7 +15,10 @@ const PATH = process.env["PATH"] ?? "/usr/sbin:/usr/bin:/sbin:/bin";
 /** Documents for iptables-restore and ip6tables-restore; undefined: the program ended with an error. */
 export type Documents = { readonly 4: string; readonly 6: string } | undefined;
 
-/** A network namespace with its own addresses, resolv.conf, passwd and group: what the peer looks at. */
+/**
+ * A network namespace with its own addresses, resolv.conf, passwd and group: what the peer looks at. The other end of its
+ * only link is in the namespace `outside`.
+ */
 export class PeerMachine implements AsyncDisposable {
   readonly name: string;
   readonly families: readonly (4 | 6)[];
@@ -30,14 +35,29 @@ export class PeerMachine implements AsyncDisposable {
     writeFileSync(`${machine.#etc}/passwd`, PASSWD);
     writeFileSync(`${machine.#etc}/group`, GROUP);
     machine.resolve([]);
-    await sh(["ip", "netns", "add", machine.name]);
+    for (const name of [machine.name, machine.outside]) await sh(["ip", "netns", "add", name]);
     const ip = (...words: string[]): Promise<Output> => sh(["ip", "-n", machine.name, ...words]);
     await ip("link", "set", "lo", "up");
-    await ip("link", "add", "inside", "type", "veth", "peer", "name", "outside");
-    for (const end of ["inside", "outside"]) await ip("link", "set", end, "up");
-    for (const family of families)
-      await ip(...["addr", "add", ADDRESSES[family], "dev", "inside"], ...(family === 6 ? ["nodad"] : []));
+    await ip(
+      ...["link", "add", "inside", "type", "veth", "peer", "name", "outside", "netns", machine.outside],
+    );
+    for (const [name, end, addresses] of [
+      [machine.name, "inside", ADDRESSES],
+      [machine.outside, "outside", CALLERS],
+    ] as const) {
+      await sh(["ip", "-n", name, "link", "set", end, "up"]);
+      for (const family of families)
+        await sh([
+          ...["ip", "-n", name, "addr", "add", addresses[family], "dev", end],
+          ...(family === 6 ? ["nodad"] : []),
+        ]);
+    }
     return machine;
+  }
+
+  /** Name of the namespace of who calls from outside. */
+  get outside(): string {
+    return `${this.name}-out`;
   }
 
   get #etc(): string {
@@ -104,8 +124,23 @@ export class PeerMachine implements AsyncDisposable {
       .join("\n");
   }
 
+  /** Lays the rules and routes that another has for marked packets: the peer's program adds them itself, beside its rules. */
+  async routeLike(other: PeerMachine): Promise<void> {
+    for (const family of this.families) {
+      const ip = async (machine: PeerMachine, ...words: string[]): Promise<string> =>
+        (await sh(["ip", "-n", machine.name, `-${family}`, ...words], { allowFail: true })).stdout;
+      for (const [, selector = "", table = ""] of (await ip(other, "rule")).matchAll(
+        /from all (fwmark \S+ lookup (\S+))/g,
+      )) {
+        await ip(this, "rule", "add", ...selector.split(" "));
+        if (/^local default dev lo /m.test(await ip(other, "route", "show", "table", table)))
+          await ip(this, "route", "add", "local", "default", "dev", "lo", "table", table);
+      }
+    }
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
-    await sh(["ip", "netns", "del", this.name], { allowFail: true });
+    for (const name of [this.name, this.outside]) await sh(["ip", "netns", "del", name], { allowFail: true });
     rmSync(this.#etc, { recursive: true, force: true });
   }
 }

@@ -304,7 +304,7 @@ async function atRandom(
     ),
     row(
       NAME,
-      `of ${wipes.all} wipes of all nf_tables, who did it is named right (nft 1.0.6's monitor crashes at most of them)`,
+      `of ${wipes.all} wipes of all nf_tables, who did it is named right (nft's monitor crashes at the guard's ct timeout)`,
       wipes.right,
       "wipes",
     ),
