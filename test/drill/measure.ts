@@ -75,7 +75,7 @@ export async function underLoad(
           recoverMs: isWell ? recovery(seen, ended, wellAt) : undefined,
           end: end === undefined ? losses : `${losses}; ${end}`,
           happened,
-          ...(unmet === undefined ? {} : { unmet }),
+          ...(unmet === undefined || target.side === "peer" ? {} : { unmet }),
         };
       }),
     );

@@ -1,11 +1,11 @@
 import { istiodEnvOf } from "../../lab/controlplane.ts";
 import { sleep, waitFor } from "../../lab/lab.ts";
 import type { Fault, Row } from "../fault.ts";
-import { unlistedInWords, watchListing } from "../listing.ts";
 import { underLoad } from "../measure.ts";
 import { losePackets } from "../network.ts";
 import { type News, tellNews } from "../news.ts";
 import { isConnected, type Stage, type Target } from "../stage.ts";
+import { Withdrawals } from "../withdrawals.ts";
 
 /** Below istiod's patience: it withdraws a machine 10 s after it has seen that the stream is gone. */
 const SHORT_MS = 8_000;
@@ -35,10 +35,7 @@ export const fault: Fault = {
 
 async function cutFor(stage: Stage, ms: number, how: string): Promise<Row[]> {
   await using end = new AsyncDisposableStack();
-  const watches = new Map(stage.targets.map((target) => [target, watchListing(stage, target)]));
-  end.defer(() => {
-    for (const watch of watches.values()) watch.stop();
-  });
+  const withdrawals = end.use(new Withdrawals(stage.lab));
   let news: News | undefined;
   const faulty = async (): Promise<string> => {
     const machines = stage.targets.map(({ machine }) => machine);
@@ -72,9 +69,6 @@ async function cutFor(stage: Stage, ms: number, how: string): Promise<Row[]> {
   };
   return await underLoad(stage, `network-cut for ${ms / 1000} s${how}`, stage.targets, faulty, {
     well,
-    allowance: (target, seen) => {
-      const absences = watches.get(target)?.stop() ?? [];
-      return { allowed: seen.underWayDuring(absences), because: unlistedInWords(absences) };
-    },
+    allowance: ({ machine }, seen) => withdrawals.allow(machine, seen),
   });
 }
