@@ -1,6 +1,6 @@
 import { bracketed } from "../core/net.ts";
 import { PROBE_ADDRESS } from "../core/paths.ts";
-import { parseResolvConf } from "../dns/upstream.ts";
+import { parseResolvConf } from "../dns/resolvConf.ts";
 import type { CaptureWish, Senders } from "../iptables/plan/wish.ts";
 import { type CapturePlan, planCapture } from "../iptables/plan.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";

@@ -1,7 +1,7 @@
 import { messageOf, VmmeshError } from "../core/errors.ts";
 import { type Paths, PORTS } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
-import { parseResolvConf } from "../dns/upstream.ts";
+import { parseResolvConf } from "../dns/resolvConf.ts";
 import { enrollByAny } from "../identity/credentials.ts";
 import { storeSvid } from "../identity/svid.ts";
 import { applyPlan, removeCapture, takeBackTrial } from "../iptables/apply.ts";

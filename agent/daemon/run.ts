@@ -271,7 +271,6 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
   const upstreams = new Upstreams({
     host,
     resolvConf: RESOLV_CONF,
-    own: ["127.0.0.1", "::1"].map((address) => ({ address, port: PORTS.dns })),
     onAttempt: ({ server, ok, durationMs }) => {
       metrics.dnsUpstreamHealthy.set({ server }, ok ? 1 : 0);
       metrics.dnsUpstreamAttempts.inc({ server, result: ok ? "answered" : "failed" });

@@ -6,9 +6,10 @@ import { Latest } from "../core/signals.ts";
 import type { Datagrams, Host } from "../platform/host.ts";
 import { linuxHost } from "../platform/linux.ts";
 import { LEASE_NAME, TYPE } from "./answer.ts";
+import { parseResolvConf } from "./resolvConf.ts";
 import { leaseBeat, type QueryEvent, serveDns } from "./server.ts";
 import { buildTable, type DnsTable } from "./table.ts";
-import { parseResolvConf, Upstreams } from "./upstream.ts";
+import { Upstreams } from "./upstream.ts";
 import { Deframer, frame, withId, writeQuery } from "./wire.ts";
 
 const machine = linuxHost();
@@ -86,7 +87,6 @@ async function start(
   const upstreams = new Upstreams({
     host: { ...machine, clock, files },
     resolvConf: "/etc/resolv.conf",
-    own: [{ address: "127.0.0.1", port }],
     port: upstreamPort,
   });
   await new Promise<void>((resolve, reject) => {
@@ -238,18 +238,6 @@ describe("serveDns", () => {
     await clock.sleep(1100);
     expect(decode(await askUdp(dns.port, query("c.test"))).answers).toMatchObject([{ data: "192.0.2.5" }]);
     expect(other.asked).toHaveLength(1);
-  });
-
-  test("never forwards to itself", async () => {
-    const upstream = await resolver("127.0.0.59", 0, "192.0.2.6");
-    const upstreams = new Upstreams({
-      host: { ...machine, files: { ...machine.files, readText: async () => "nameserver 127.0.0.59\n" } },
-      resolvConf: "x",
-      own: [{ address: "127.0.0.59", port: upstream.port }],
-      port: upstream.port,
-    });
-    await expect(upstreams.forward(query("a.test"), "udp", stop.signal)).rejects.toThrow();
-    expect(upstream.asked).toHaveLength(0);
   });
 
   test("only the asked server's reply to this very query counts", async () => {

@@ -57,7 +57,6 @@ function upstreamsOf(...servers: string[]): Upstreams {
   return new Upstreams({
     host: { ...machine, clock, files: { ...machine.files, readText: async () => resolvConf } },
     resolvConf: "/etc/resolv.conf",
-    own: [],
     port: PORT,
     onGone: (server) => gone.push(server),
   });
@@ -103,6 +102,18 @@ describe("a resolver that refuses (SERVFAIL, NOTIMP, REFUSED)", () => {
     const before = performance.now();
     expect(await rcode(upstreams)).toBe(2);
     expect(performance.now() - before).toBeLessThan(100);
+  });
+});
+
+test("a resolver whose port is closed costs no wait: its refusal is heard", async () => {
+  await resolver("127.0.8.2", 0);
+  const upstreams = upstreamsOf("127.0.8.1", "127.0.8.2");
+  const before = performance.now();
+  expect(await rcode(upstreams)).toBe(0);
+  expect(performance.now() - before).toBeLessThan(100);
+  expect(upstreams.health()[0]).toMatchObject({
+    healthy: false,
+    lastError: expect.stringMatching(/REFUSED/),
   });
 });
 

@@ -1,10 +1,10 @@
 import type { Duplex } from "node:stream";
 import { messageOf } from "../core/errors.ts";
-import { ipFamily, ipv4Bytes, ipv6Bytes } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
 import { TYPE } from "./answer.ts";
 import { LoopWatch } from "./loop.ts";
+import { parseResolvConf, type ResolvConf, readResolvConf } from "./resolvConf.ts";
 import { Deframer, frame, idOf, isReplyTo, RCODE, rcodeOf, withId, writeQuery } from "./wire.ts";
 
 /** How long one server may take; the resolver library of the machine waits as long (resolv.conf(5), `timeout`). */
@@ -20,49 +20,6 @@ const REFUSALS: readonly number[] = [RCODE.SERVFAIL, RCODE.NOTIMP, RCODE.REFUSED
 /** How old our reading of resolv.conf may be. A read costs about 0.1 ms; watching would miss a symlink's target. */
 const REREAD_MS = SECOND_MS;
 
-export interface ResolvConf {
-  readonly servers: readonly string[];
-  readonly search: readonly string[];
-}
-
-/**
- * The parts of resolv.conf(5) that matter here. The last `search` or `domain` line wins; without a nameserver the
- * resolver library asks the local one, and so do we.
- */
-export function parseResolvConf(text: string): ResolvConf {
-  const { servers, search } = readLines(text);
-  return { servers: servers.length === 0 ? ["127.0.0.1"] : servers, search };
-}
-
-function readLines(text: string): ResolvConf {
-  const servers: string[] = [];
-  let search: string[] = [];
-  for (const line of text.split("\n")) {
-    const [keyword, ...values] = line
-      .replace(/[#;].*$/, "")
-      .trim()
-      .split(/\s+/);
-    if (keyword === "nameserver") {
-      const address = values[0] ?? "";
-      if (ipFamily(withoutZone(address)) !== undefined && !servers.includes(address)) servers.push(address);
-    } else if (keyword === "search" || keyword === "domain") {
-      search = values.map((domain) => domain.replace(/\.$/, "")).filter((domain) => domain !== "");
-    }
-  }
-  return { servers, search };
-}
-
-function withoutZone(address: string): string {
-  return address.split("%")[0] ?? "";
-}
-
-/** The same address in whatever spelling; a zone does not count. */
-function sameAddress(a: string, b: string): boolean {
-  const bytes = (text: string): string =>
-    (ipv4Bytes(text) ?? ipv6Bytes(text))?.join(".") ?? `unreadable ${text}`;
-  return bytes(withoutZone(a)) === bytes(withoutZone(b));
-}
-
 export interface UpstreamHealth {
   readonly address: string;
   readonly healthy: boolean;
@@ -73,8 +30,6 @@ export interface UpstreamDeps {
   readonly host: Pick<Host, "net" | "clock" | "files" | "random">;
   /** Usually `/etc/resolv.conf`; read again when it has changed. */
   readonly resolvConf: string;
-  /** Where we serve ourselves: never forwarded to. */
-  readonly own: readonly { readonly address: string; readonly port: number }[];
   /** Port of the servers in resolv.conf, which cannot name one. Default 53. */
   readonly port?: number;
   /** Told of every query to a server, after it. */
@@ -140,7 +95,7 @@ export class Upstreams {
     if (text === undefined || text === this.#text || text.trim() === "") return;
     this.#text = text;
     const known = this.#conf.servers;
-    const { servers, search } = readLines(text);
+    const { servers, search } = readResolvConf(text);
     this.#conf = { servers: servers.length === 0 ? known : servers, search };
     for (const server of known.filter((it) => !this.#conf.servers.includes(it))) {
       this.#suspects.delete(server);
@@ -188,12 +143,7 @@ export class Upstreams {
   }
 
   #inOrder(): string[] {
-    const port = this.#deps.port ?? 53;
-    const servers = this.#conf.servers.filter(
-      (server) =>
-        !this.#loops.loops(server) &&
-        !this.#deps.own.some((own) => own.port === port && sameAddress(own.address, server)),
-    );
+    const servers = this.#conf.servers.filter((server) => !this.#loops.loops(server));
     const suspect = (server: string): boolean => this.#suspects.has(server);
     return [...servers.filter((server) => !suspect(server)), ...servers.filter(suspect)];
   }
@@ -255,14 +205,15 @@ export class Upstreams {
 
   async #askUdp(server: string, sent: Uint8Array, signal: AbortSignal): Promise<Uint8Array> {
     const port = this.#deps.port ?? 53;
-    const socket = await this.#deps.host.net.bindUdp(server.includes(":") ? "::" : "0.0.0.0", 0);
+    const socket = await this.#deps.host.net.connectUdp(server, port);
     try {
       return await new Promise((resolve, reject) => {
-        socket.onMessage((data, from) => {
-          if (from.port === port && sameAddress(from.address, server) && isReplyTo(data, sent)) resolve(data);
+        socket.onMessage((data) => {
+          if (isReplyTo(data, sent)) resolve(data);
         });
+        socket.onError(reject);
         this.#timeout(signal).catch(reject);
-        socket.send(sent, port, server);
+        socket.send(sent);
       });
     } finally {
       socket.close();

@@ -104,6 +104,14 @@ export interface Datagrams {
   readonly port: number;
 }
 
+/** A datagram socket with one peer: nobody else's datagrams arrive, and its refusals (ICMP) are heard of. */
+export interface Conversation {
+  send(data: Uint8Array): void;
+  onMessage(listener: (data: Uint8Array) => void): void;
+  onError(listener: (error: Error) => void): void;
+  close(): void;
+}
+
 export interface Listener extends AsyncDisposable {
   /** 0 for a unix socket. */
   readonly port: number;
@@ -123,6 +131,8 @@ export interface Net {
   listenTcp(address: string, port: number, onConnection: (socket: Duplex) => void): Promise<Listener>;
   /** `port` 0 takes a free one. */
   bindUdp(address: string, port: number): Promise<Datagrams>;
+  /** From a free port. @throws the errno error of connect(2), e.g. without a route */
+  connectUdp(address: string, port: number): Promise<Conversation>;
   /** `localAddress` is the source address to bind. @throws ETIMEDOUT after `timeoutMs` */
   connectTcp(
     address: string,

@@ -350,6 +350,25 @@ const net: Net = {
       });
     });
   },
+  connectUdp(address, port) {
+    return new Promise((resolve, reject) => {
+      const socket = createSocket(address.includes(":") ? "udp6" : "udp4");
+      const refuse = (error: Error): void => {
+        socket.close();
+        reject(error);
+      };
+      socket.once("error", refuse);
+      socket.connect(port, address, () => {
+        socket.off("error", refuse).on("error", () => undefined);
+        resolve({
+          send: (data) => socket.send(data),
+          onMessage: (listener) => void socket.on("message", listener),
+          onError: (listener) => void socket.on("error", listener),
+          close: () => void socket.close(),
+        });
+      });
+    });
+  },
   connectTcp: (address, port, { timeoutMs, localAddress }) =>
     connected(
       createConnection({ host: address, port, ...(localAddress === undefined ? {} : { localAddress }) }),

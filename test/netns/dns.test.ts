@@ -56,7 +56,6 @@ beforeAll(async () => {
   const upstreams = new Upstreams({
     host: { ...host, files },
     resolvConf: "/etc/resolv.conf",
-    own: [],
     port: RESOLVER.port,
   });
   await new Promise<void>((resolve, reject) => {

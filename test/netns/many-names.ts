@@ -33,7 +33,7 @@ setFlagsFromString("--expose-gc");
 const collect = runInNewContext("gc") as () => void;
 const host = linuxHost();
 const table = new Latest<DnsTable>();
-const upstreams = new Upstreams({ host, resolvConf: "/etc/resolv.conf", own: [] });
+const upstreams = new Upstreams({ host, resolvConf: "/etc/resolv.conf" });
 const stop = new AbortController();
 const { promise: listening, resolve: onListening } = Promise.withResolvers<void>();
 const served = serveDns({ host, port, table, upstreams, onListening }, stop.signal);

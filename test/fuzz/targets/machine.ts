@@ -1,7 +1,7 @@
 import { coversCidr, ipFamily, parseCidr, parseHostPort } from "../../../agent/core/net.ts";
 import { parseSpiffe } from "../../../agent/core/spiffe.ts";
 import { parseDuration } from "../../../agent/core/time.ts";
-import { parseResolvConf } from "../../../agent/dns/upstream.ts";
+import { parseResolvConf } from "../../../agent/dns/resolvConf.ts";
 import { parseEnvoyVersion } from "../../../agent/envoy/version.ts";
 import { parseFlows, parseNetworkMounts } from "../../../agent/iptables/preview.ts";
 import { parseLive } from "../../../agent/iptables/trace/live.ts";
