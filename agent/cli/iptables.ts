@@ -55,7 +55,7 @@ export async function apply(options: Options): Promise<number> {
   const context = openContext(options);
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
-  const machine = joinMachine(context.host, context.paths, owners, services);
+  const machine = joinMachine(context.host, context.paths, owners, services, say);
   const { appliedInMs } = await machine.installRules(
     number(options, "confirm-within") * SECOND_MS,
     untilInterrupted(),
@@ -129,7 +129,7 @@ async function cleanLeftovers(options: Options, context: Context): Promise<numbe
       "USAGE",
       "without comments nothing tells our rules from those of Istio's own tools",
       {
-        next: "Set VMMESH_RULE_COMMENTS=true in sidecar.env, run `vmmesh iptables apply`, then this command again.",
+        next: "Where iptables has the comment match (`modprobe xt_comment`), set VMMESH_RULE_COMMENTS=true in sidecar.env, run `vmmesh iptables apply`, then this command again.",
       },
     );
   }

@@ -99,7 +99,7 @@ export async function join(options: Options): Promise<number> {
   await execute(
     steps,
     journal,
-    joinMachine(host, paths, owners, services),
+    joinMachine(host, paths, owners, services, say),
     (line) => say(`- ${line}`),
     signal,
   );

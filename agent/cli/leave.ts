@@ -21,7 +21,7 @@ export async function leave(options: Options): Promise<number> {
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
   await leaveMesh(
-    joinMachine(context.host, context.paths, owners, services),
+    joinMachine(context.host, context.paths, owners, services, say),
     { withdrawWithinMs: number(options, "withdraw-within") * SECOND_MS, now: flag(options, "now") },
     (line) => say(`- ${line}`),
     untilInterrupted(),

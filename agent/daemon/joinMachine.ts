@@ -25,8 +25,18 @@ const CHECK_TIMEOUT_MS = 3 * SECOND_MS;
 const POLL_MS = 200;
 const READY_WITHIN_MS = 60 * SECOND_MS;
 
-/** The machine as the steps of a join see it: the feature rooms behind the four verbs that are not plain files and units. */
-export function joinMachine(host: Host, paths: Paths, owners: Owners, services: Services): Machine {
+/**
+ * The machine as the steps of a join see it: the feature rooms behind the four verbs that are not plain files and units.
+ *
+ * @param say takes one line for the person who waits
+ */
+export function joinMachine(
+  host: Host,
+  paths: Paths,
+  owners: Owners,
+  services: Services,
+  say: (line: string) => void,
+): Machine {
   const machine: Machine = {
     host,
     paths,
@@ -110,6 +120,7 @@ export function joinMachine(host: Host, paths: Paths, owners: Owners, services: 
         );
       }
       await trial.confirm();
+      for (const note of trial.plan.notes.slice(plan.notes.length)) say(`warning: ${note}`);
       await pruneDropIns(host, plan);
       await writeCaptureState(host, paths, {
         inForce: true,

@@ -169,6 +169,56 @@ test("what the kernel lacks ends an apply before anything is changed, though the
   expect(await files.readLink("/rules/trial")).toBeUndefined();
 });
 
+describe("a kernel without the comment match", () => {
+  const warn = (extension: string): string =>
+    `Warning: Extension ${extension} revision 0 not supported, missing kernel module?\n`;
+
+  /** As iptables-nft: a warning for each extension that a text names. */
+  function lacking(...extensions: readonly string[]) {
+    const { host, ran, files } = machine();
+    const inputs: string[] = [];
+    const warns = {
+      ...host,
+      run: async (command: Command): Promise<CommandResult> => {
+        const input = command.input ?? "";
+        const missing = extensions.filter((extension) => input.includes(`-m ${extension} `));
+        if (command.argv.join(" ").includes("-restore --noflush")) inputs.push(input);
+        return { ...(await host.run(command)), stderr: missing.map(warn).join("") };
+      },
+    };
+    return { host: warns, ran, files, inputs };
+  }
+
+  test("gets the rules without their reasons: applied, recorded, said once", async () => {
+    const { host, files, inputs } = lacking("comment");
+    const plan = planCapture(WISH, MACHINE);
+    const trial = await applyPlan(host, renderPlan(plan), OPTIONS);
+    expect(trial.plan).toEqual({
+      ...plan,
+      comments: false,
+      notes: [...plan.notes, expect.stringContaining("xt_comment")],
+    });
+    expect(inputs).toHaveLength(2);
+    const kept = ["mend.sh", "undo.sh", "plan.json"].map((name) =>
+      files.readText(`/rules/${trial.generation}/${name}`),
+    );
+    const [mend = "", undo = "", state = ""] = await Promise.all(kept);
+    for (const text of [mend, undo]) expect(text).toContain("ISTIO_OUTPUT");
+    for (const text of [...inputs, mend, undo]) expect(text).not.toContain("--comment");
+    expect(JSON.parse(state)).toMatchObject({ plan: { comments: false } });
+  });
+
+  test("and without another one that is needed: that one is named, and nothing is written", async () => {
+    const { host, ran, files } = lacking("comment", "owner");
+    await expect(applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS)).rejects.toMatchObject({
+      code: "RULES_REJECTED",
+      message: "this kernel has no `owner`, which the rules need",
+    });
+    expect(changes(ran)).toEqual([]);
+    expect(await files.readLink("/rules/trial")).toBeUndefined();
+  });
+});
+
 test("with nothing confirmed there is nothing to load, and nothing is run", async () => {
   const { host, ran } = machine();
   expect(await loadConfirmed(host, "/rules")).toEqual({

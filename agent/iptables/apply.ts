@@ -22,7 +22,7 @@ import {
   tryRun,
   writtenTables,
 } from "./read.ts";
-import { refusal, refused } from "./refusal.ts";
+import { Lacking, refusal, refused } from "./refusal.ts";
 import { commentsOf, type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
 import { leftRouting, refuseSharedRouting, undoRouting } from "./routing.ts";
 import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
@@ -49,6 +49,8 @@ export interface ApplyOptions {
 /** Rules that are in force but not yet kept. */
 export interface Trial {
   readonly generation: string;
+  /** What is in force: the plan that was asked for, without comments where the machine cannot have them. */
+  readonly plan: CapturePlan;
   /** From the start of applying to the last table in force. */
   readonly appliedInMs: number;
   /** Keeps the rules, from now on and after a reboot. @throws {VmmeshError} RULES_NOT_CONFIRMED if they are out again already */
@@ -76,6 +78,9 @@ export interface PrintedTable {
 }
 
 const ROLLBACK_UNIT = "vmmesh-rollback";
+/** A note of the plan: capture does without the reasons, as with --rule-comments off. */
+const NO_COMMENTS =
+  "iptables has no comment match here (xt_comment), so the rules stand without their reasons and are known by the record alone";
 const PRIVATE = { mode: 0o600 } as const;
 /** So long a person waits for iptables-legacy's lock; the timer waits for as long as it takes. */
 const LOCK_SECONDS = "10";
@@ -90,6 +95,23 @@ const ATTEMPTS = 3;
  * @throws {VmmeshError} BUSY while another trial runs; RULES_REJECTED, RULES_PRIVILEGE by the kernel, and then nothing is left
  */
 export async function applyPlan(
+  host: Applies & Pick<Host, "clock">,
+  rendered: RenderedPlan,
+  options: ApplyOptions,
+): Promise<Trial> {
+  const { plan } = rendered;
+  try {
+    return await tryPlan(host, rendered, options);
+  } catch (thrown) {
+    if (plan.comments === false || !(thrown instanceof Lacking) || thrown.extension !== "comment")
+      throw thrown;
+    // Nothing of it is left. What is missing besides is told by this second one.
+    const bare = renderPlan({ ...plan, comments: false, notes: [...plan.notes, NO_COMMENTS] });
+    return await tryPlan(host, bare, options);
+  }
+}
+
+async function tryPlan(
   host: Applies & Pick<Host, "clock">,
   rendered: RenderedPlan,
   options: ApplyOptions,
@@ -164,6 +186,7 @@ export async function applyPlan(
     });
     return {
       generation,
+      plan,
       appliedInMs,
       confirm: () => confirm(host, rulesDir, generation, options.unit),
       rollBack,

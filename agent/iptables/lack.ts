@@ -2,6 +2,8 @@
 export interface Lack {
   readonly sentence: string;
   readonly next: string;
+  /** The extension of iptables that is missing, if it is one. */
+  readonly extension?: string;
 }
 
 /** What of a rule of nft is in a module of its own. @see the kernel's net/netfilter/Kconfig and net/ipv4/netfilter/Kconfig */
@@ -30,11 +32,13 @@ export function lackOf(stderr: string): Lack | undefined {
     return {
       sentence: `the iptables of this machine has no extension \`${library}\`, which the rules need`,
       next: `Install the whole package \`iptables\`, ${otherwise(library)}`,
+      extension: library,
     };
   const kernel = /Extension (\S+) (?:revision \d+ )?(?:is )?not supported, missing kernel module/.exec(
     stderr,
   )?.[1];
-  if (kernel !== undefined) return moduleLack(kernel, `xt_${kernel}`, otherwise(kernel));
+  if (kernel !== undefined)
+    return { ...moduleLack(kernel, `xt_${kernel}`, otherwise(kernel)), extension: kernel };
   const table = /(?:unable to initialize table|can't initialize ip6?tables table) [`']([^']+)'/.exec(
     stderr,
   )?.[1];

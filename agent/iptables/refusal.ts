@@ -1,9 +1,19 @@
 import { VmmeshError } from "../core/errors.ts";
 import type { CommandResult, Host } from "../platform/host.ts";
-import { lackOf } from "./lack.ts";
+import { type Lack, lackOf } from "./lack.ts";
 
 interface Asks extends Pick<Host, "run"> {
   readonly files: Pick<Host["files"], "readText">;
+}
+
+/** Rules that were refused because this machine has not the extension of iptables that they need. */
+export class Lacking extends VmmeshError {
+  readonly extension: string | undefined;
+
+  constructor(lack: Lack, cause: Error) {
+    super("RULES_REJECTED", lack.sentence, { cause, next: lack.next });
+    this.extension = lack.extension;
+  }
 }
 
 /** A refusal of the kernel as an error that says what to do. @see iptables(8) exit codes; 4 is resource, permission or lock */
@@ -16,7 +26,7 @@ export function refused(result: CommandResult, what: string): VmmeshError {
     });
   }
   const lack = lackOf(result.stderr);
-  if (lack !== undefined) return new VmmeshError("RULES_REJECTED", lack.sentence, { cause, next: lack.next });
+  if (lack !== undefined) return new Lacking(lack, cause);
   return new VmmeshError("RULES_REJECTED", `\`${what}\` was refused by the kernel`, {
     cause,
     next: "Run `vmmesh iptables audit` to see which tables are in force, then send its output with the bug report.",
