@@ -36,13 +36,14 @@ const OPTIONS = { confirmWithinMs: 30_000, rulesDir: "/rules", unit: "systemd" }
 const writes = (ran: readonly string[]): string[] => ran.filter((line) => !READS.test(line));
 /** Of the kernel's rules; the timer of a trial that never began finds nothing to do. */
 const changes = (ran: readonly string[]): string[] =>
-  writes(ran).filter((line) => !/--(test|check)\b|vmmesh-rollback/.test(line));
+  writes(ran).filter((line) => !/--(test|check)\b|vmmesh-rollback|^flock/.test(line));
 
 describe("applyPlan", () => {
   test("tests both families, arms the timer, ends the former rules' repair, and only then writes", async () => {
     const { host, ran } = machine();
     await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     expect(writes(ran)).toEqual([
+      "flock --wait 30 /rules true",
       "nft --check -f -",
       "iptables-nft-restore --test --noflush",
       "ip6tables-nft-restore --test --noflush",
@@ -121,7 +122,7 @@ describe("on a machine of which nft knows no table", () => {
     const { host, ran, files } = fresh();
     await applyPlan(host, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
     expect(ran.filter((line) => / -S /.test(line))).toEqual([]);
-    expect(writes(ran).slice(0, 3)).toEqual([
+    expect(writes(ran).slice(1, 4)).toEqual([
       "nft --check -f -",
       "unshare --net iptables-nft-restore --noflush",
       "unshare --net ip6tables-nft-restore --noflush",
@@ -329,12 +330,24 @@ describe("taking the rules out", () => {
   test("no repair finds anything to put back from the first moment on", async () => {
     const { host, ran, files } = await confirmed();
     await removeCapture(host, OPTIONS.rulesDir, async () => {
-      expect(ran).toEqual([]);
+      expect(changes(ran)).toEqual([]);
       expect(await files.readLink("/rules/confirmed")).toBeUndefined();
       expect(await loadConfirmed(host, OPTIONS.rulesDir)).toMatchObject({ state: "nothing confirmed" });
     });
     expect(ran).toContain("sh /rules/gen-00000000/undo.sh now 10");
     expect(await files.list("/rules")).toBeUndefined();
+  });
+
+  test("a rollback that does not end: nobody writes beside it, and it is said", async () => {
+    const { files } = await confirmed();
+    const { host, ran } = machine((argv) => argv[0] === "flock");
+    const beside = { ...host, files };
+    const rendered = renderPlan(planCapture(WISH, MACHINE));
+    await expect(applyPlan(beside, rendered, OPTIONS)).rejects.toMatchObject({ code: "BUSY" });
+    await expect(removeCapture(beside, OPTIONS.rulesDir)).rejects.toMatchObject({ code: "BUSY" });
+    expect(await loadConfirmed(beside, OPTIONS.rulesDir)).toMatchObject({ state: "trial running" });
+    expect(changes(ran)).toEqual([]);
+    expect(await files.readLink("/rules/confirmed")).toBe("gen-00000000");
   });
 
   test("killed before the rules are out, the next one still knows them", async () => {

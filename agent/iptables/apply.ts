@@ -1,4 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
+import { SECOND_MS } from "../core/time.ts";
 import type { Command, CommandResult, Files, Host } from "../platform/host.ts";
 import { REPAIRS, UNITS } from "../platform/services.ts";
 import { accepted, acceptedElsewhere } from "./accept.ts";
@@ -78,6 +79,8 @@ export interface PrintedTable {
 }
 
 const ROLLBACK_UNIT = "vmmesh-rollback";
+/** A rollback beside 50,000 foreign rules takes some; iptables-legacy's may wait for a lock, too. */
+const ROLLBACK_SECONDS = "30";
 /** A note of the plan: capture does without the reasons, as with --rule-comments off. */
 const NO_COMMENTS =
   "iptables has no comment match here (xt_comment), so the rules stand without their reasons and are known by the record alone";
@@ -125,6 +128,7 @@ async function tryPlan(
       next: "Wait until they are confirmed or taken back (at most some minutes), then run the same command again.",
     });
   }
+  await awaitRollback(host, rulesDir);
   await removeOldGenerations(host.files, rulesDir);
   const generation = `gen-${Buffer.from(host.random(4)).toString("hex")}`;
   const here = `${rulesDir}/${generation}`;
@@ -640,6 +644,28 @@ export async function readState(
   return { here, state };
 }
 
+/** A trial that has been claimed by its rollback is none any more, and its rules are still going out. */
+async function awaitRollback(host: Pick<Applies, "files" | "run">, rulesDir: string): Promise<void> {
+  if (!(await rollsBack(host, rulesDir, ["--wait", ROLLBACK_SECONDS]))) return;
+  throw new VmmeshError("BUSY", `rules on trial have been going out for ${ROLLBACK_SECONDS} s`, {
+    next: "Read `journalctl -u vmmesh-rollback`, then run the same command again.",
+  });
+}
+
+/**
+ * The rollback holds a lock on the directory, which the kernel takes back when its last program has ended or died.
+ * @param patience options of flock(1): what it does about a lock that another holds
+ */
+async function rollsBack(
+  { files, run }: Pick<Applies, "files" | "run">,
+  rulesDir: string,
+  patience: readonly string[],
+): Promise<boolean> {
+  if ((await files.stat(rulesDir)) === undefined) return false;
+  const waited = await run({ argv: ["flock", ...patience, rulesDir, "true"], timeoutMs: 60 * SECOND_MS });
+  return waited.code !== 0;
+}
+
 /** A trial of a former boot, or one whose timer was lost, is no trial any more. */
 async function dropDeadTrial(host: Applies, rulesDir: string): Promise<"none" | "running" | "dropped"> {
   if ((await host.files.readLink(`${rulesDir}/trial`)) === undefined) return "none";
@@ -676,7 +702,10 @@ export interface LoadReport {
 export async function loadConfirmed(host: Applies, rulesDir: string): Promise<LoadReport> {
   const dropped = (await dropDeadTrial(host, rulesDir)) === "dropped";
   // A trial replaces the confirmed rules in the kernel: putting these back would undo it behind its back.
-  if ((await host.files.readLink(`${rulesDir}/trial`)) !== undefined) {
+  if (
+    (await host.files.readLink(`${rulesDir}/trial`)) !== undefined ||
+    (await rollsBack(host, rulesDir, ["--nonblock"]))
+  ) {
     return { state: "trial running", repaired: [], droppedTrial: false };
   }
   const confirmed = await readState(host.files, rulesDir, "confirmed");
@@ -817,6 +846,7 @@ export async function removeCapture(
   rulesDir: string,
   endRepairs: () => Promise<void> = async () => undefined,
 ): Promise<RemoveReport> {
+  await awaitRollback(host, rulesDir);
   const removed: string[] = [];
   let residue: string[] = [];
   let foreignUnchanged = true;

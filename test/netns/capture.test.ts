@@ -419,7 +419,11 @@ describe("commit-confirm", () => {
       5000,
     );
     await expect(trial.confirm()).rejects.toMatchObject({ code: "RULES_NOT_CONFIRMED" });
-    expect(await loadConfirmed(lab.host, lab.rulesDir)).toMatchObject({ state: "nothing confirmed" });
+    // It goes on for a moment after it has claimed the trial; no repair writes beside it.
+    await eventually(
+      async () => (await loadConfirmed(lab.host, lab.rulesDir)).state === "nothing confirmed",
+      5000,
+    );
   });
 
   test("a second trial has to wait for the first", async () => {
@@ -428,6 +432,34 @@ describe("commit-confirm", () => {
       code: "BUSY",
     });
     await trial.rollBack();
+  });
+
+  test("whoever cleans up while a rollback is under way waits for its end, and nothing comes back behind his back", async () => {
+    await lab.populate();
+    const before = await lab.firewall();
+    await install();
+    const trial = await lab.apply({ ...WISH, inbound: { kind: "ports", ports: [] } });
+    const load = `${lab.rulesDir}/confirmed/load.sh`;
+    const gate = `${lab.rulesDir}/gate`;
+    await lab.outside(["mkfifo", gate]);
+    await lab.host.files.writeAtomic(load, `read _ <${gate}\n${await lab.host.files.readText(load)}`, {
+      mode: 0o700,
+    });
+    const rollBack = trial.rollBack();
+    await eventually(
+      async () => (await lab.host.files.readLink(`${lab.rulesDir}/trial`)) === undefined,
+      5000,
+    );
+    const removal = removeCapture(lab.host, lab.rulesDir);
+    // As long as nothing comes through the gate, neither of them can have ended.
+    const first = await Promise.race([
+      removal.then(() => "removal"),
+      lab.outside(["sh", "-c", `sleep 1; echo go >${gate}`]).then(() => "gate"),
+    ]);
+    expect(first).toBe("gate");
+    await rollBack;
+    expect(await removal).toMatchObject({ residue: [], foreignUnchanged: true });
+    expect(await lab.firewall()).toEqual(before);
   });
 
   test("a trial over confirmed rules goes back to them", async () => {

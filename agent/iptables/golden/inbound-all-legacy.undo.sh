@@ -11,6 +11,10 @@ wait="-w $2"
 [ "$mode" != after ] || wait=-w
 iptables-legacy $wait -t nat -S OUTPUT >/dev/null || [ $? -ne 4 ] || exit 4
 if [ "$mode" != now ]; then
+  # Until the last program of this script has ended: who applies, repairs or cleans up waits for it.
+  # A directory can be locked on a full disk, too.
+  exec 9<"$rules"
+  flock -w 60 9
   [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0
   mv -fT "$rules/trial" "$rules/undone" || exit 0
   # Claimed: now it has to be done, however long it takes.

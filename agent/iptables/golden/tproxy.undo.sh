@@ -8,6 +8,10 @@ if [ "$mode" = after ]; then
   sleep "$2"
 fi
 if [ "$mode" != now ]; then
+  # Until the last program of this script has ended: who applies, repairs or cleans up waits for it.
+  # A directory can be locked on a full disk, too.
+  exec 9<"$rules"
+  flock -w 60 9
   [ "$(readlink "$rules/trial")" = "$(basename "$here")" ] || exit 0
   mv -fT "$rules/trial" "$rules/undone" || exit 0
 fi
