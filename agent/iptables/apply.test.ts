@@ -97,6 +97,24 @@ describe("applyPlan", () => {
   });
 });
 
+test("the timer does not run before the tests have ended: one that waits for a lock could outlast it", async () => {
+  const { host, ran } = machine();
+  const gate = Promise.withResolvers<void>();
+  const slow = {
+    ...host,
+    run: async (command: Command): Promise<CommandResult> => {
+      if (command.argv.includes("--test")) await gate.promise;
+      return host.run(command);
+    },
+  };
+  const applied = applyPlan(slow, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  expect(ran.filter((line) => line.startsWith("systemd-run"))).toEqual([]);
+  gate.resolve();
+  await applied;
+  expect(ran.filter((line) => line.startsWith("systemd-run"))).toHaveLength(1);
+});
+
 describe("on a machine of which nft knows no table", () => {
   const fresh = (refuse?: string) => {
     const { host, ran, files } = machine();

@@ -149,9 +149,10 @@ async function tryPlan(
       testNft(host, rendered),
       lookAndTest(host, here, rendered, rulesDir),
       refuseSharedRouting(host, plan),
-      // Without the link that makes this the trial, the timer finds nothing to do.
-      writeGeneration(host, here, rendered, state).then(() => arm(host, here, options)),
+      writeGeneration(host, here, rendered, state),
     ]);
+    // Not beside the tests: one that waits for a lock could outlast it, and it would find no trial to take back.
+    await arm(host, here, options);
   } catch (thrown) {
     await stopTimer(host, options.unit);
     await host.files.remove(here);
