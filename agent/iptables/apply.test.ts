@@ -115,6 +115,26 @@ test("the timer does not run before the tests have ended: one that waits for a l
   expect(ran.filter((line) => line.startsWith("systemd-run"))).toHaveLength(1);
 });
 
+test.each([
+  { when: "is ours to take back", code: 0, after: true },
+  { when: "was there before us", code: 2, after: false },
+])("the address for IPv6 passthrough $when: marked before it is added", async ({ code, after }) => {
+  const { host, files } = machine();
+  const mark = "/rules/gen-00000000/made.address";
+  let markedAtAdd: boolean | undefined;
+  const seeing = {
+    ...host,
+    run: async (command: Command): Promise<CommandResult> => {
+      if (!command.argv.includes("addr")) return host.run(command);
+      markedAtAdd = (await files.stat(mark)) !== undefined;
+      return { code, stdout: "", stderr: "" };
+    },
+  };
+  await applyPlan(seeing, renderPlan(planCapture(WISH, MACHINE)), OPTIONS);
+  expect(markedAtAdd).toBe(true);
+  expect((await files.stat(mark)) !== undefined).toBe(after);
+});
+
 describe("on a machine of which nft knows no table", () => {
   const fresh = (refuse?: string) => {
     const { host, ran, files } = machine();

@@ -401,10 +401,14 @@ async function markMadeTables(
 /** Istio's Envoy connects to IPv6 applications from ::6, which no machine has by itself (VM protocol, ch. 7.3). */
 async function addPassthroughAddress(host: Applies, here: string, plan: CapturePlan): Promise<void> {
   if (!plan.families.some(({ family }) => family === 6)) return;
+  const mark = `${here}/made.address`;
+  const marked = (await host.files.stat(mark)) !== undefined;
+  // First: who is killed in between leaves a mark that has nothing to take back, not an address that nobody does.
+  if (!marked) await host.files.writeAtomic(mark, "", PRIVATE);
   const added = await tryRun(host, {
     argv: ["ip", "-6", "addr", "add", `${PASSTHROUGH[6]}/128`, "dev", "lo"],
   });
-  if (added?.code === 0) await host.files.writeAtomic(`${here}/made.address`, "", PRIVATE);
+  if (!marked && added?.code !== 0) await host.files.remove(mark);
 }
 
 /** @returns what was missing, one sentence each */
