@@ -6,5 +6,5 @@ test("rules are in force sooner than by istio-iptables, on empty tables and besi
   timeout: 300_000,
 }, async () => {
   const rows = await quick(proof);
-  expect(rows.filter(({ bound }) => bound !== "")).toHaveLength(3);
+  expect(rows.filter(({ bound }) => bound !== "")).toHaveLength(4);
 });
