@@ -294,7 +294,15 @@ async function atRandom(
       scale === "full" ? "< 100" : "< 1000",
     ),
     row(NAME, "the same, 95th percentile", at(0.95, repairs), "ms"),
-    row(NAME, "who moved it is named right, of those named", percent(named.right, told), "%", ">= 95"),
+    // A quick run has some five names: a percentage of them says nothing, and kube-proxy may write of its own accord once.
+    row(
+      NAME,
+      "who moved it is named right, of those named",
+      percent(named.right, told),
+      "%",
+      scale === "full" ? ">= 95" : "",
+    ),
+    row(NAME, `wrong names, of ${told}`, named.wrong, "names", scale === "full" ? "" : "<= 1"),
     row(
       NAME,
       "nobody, or only a tool that firewalld or another runs, is named, of all displacements",
