@@ -89,8 +89,43 @@ describe("the admin socket", () => {
     await serve({});
     const socket = await machine.net.connectUnix(path, { timeoutMs: 1000 });
     const text = body === undefined ? {} : { body };
-    const response = await fetchOver(socket, { method, path: url, headers: { host: "x" }, ...text });
+    const response = await fetchOver(socket, { method, path: url, headers: { host: "localhost" }, ...text });
     expect(response.statusCode).toBe(want);
+    socket.destroy();
+  });
+  test("forwarded to a port, it answers this machine's own names at any port", async () => {
+    await serve({});
+    const asked = async (host: string) => {
+      const socket = await machine.net.connectUnix(path, { timeoutMs: 1000 });
+      const response = await fetchOver(socket, { method: "GET", path: "/status", headers: { host } });
+      socket.destroy();
+      return response.statusCode;
+    };
+    for (const host of ["vmmesh", "localhost", "LOCALHOST:8080", "127.0.0.1:1", "[::1]", "[::1]:65535"])
+      expect([host, await asked(host)]).toEqual([host, 200]);
+    for (const host of [
+      "rebind.example",
+      "rebind.example:8080",
+      "localhost.rebind.example",
+      "127.0.0.1.rebind.example",
+      "192.0.2.1",
+      "[::2]",
+      "localhost:",
+    ])
+      expect([host, await asked(host)]).toEqual([host, 421]);
+  });
+  test("a page whose name was made to resolve here gives no order, and is told why", async () => {
+    const done: string[] = [];
+    await serve({ drain: async () => void done.push("drained") });
+    const socket = await machine.net.connectUnix(path, { timeoutMs: 1000 });
+    const headers = { host: "rebind.example:8080" };
+    const response = await fetchOver(socket, { method: "POST", path: "/drain", headers });
+    expect(response.statusCode).toBe(421);
+    const [body] = await response.setEncoding("utf8").toArray();
+    expect(JSON.parse(body)).toEqual({
+      error: 'this is not the server of "rebind.example:8080": ask for localhost',
+    });
+    expect(done).toEqual([]);
     socket.destroy();
   });
 });

@@ -13,6 +13,12 @@ const MAX_BODY_BYTES = 4096;
 const REQUEST_MS = 120 * SECOND_MS;
 const CONNECT_MS = 2 * SECOND_MS;
 
+/**
+ * The names that a request may ask for. The socket is a file, but who forwards it to a port (`ssh -L`, socat) has opened it
+ * to every page of a browser there that has its own name resolve to 127.0.0.1.
+ */
+const OWN_HOST = /^(?:vmmesh|localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?$/i;
+
 /** What the agent does when asked over its admin socket. */
 export interface AdminHandlers {
   status(): Promise<StatusSnapshot>;
@@ -47,6 +53,11 @@ export async function serveAdmin(deps: AdminDeps, signal: AbortSignal): Promise<
     },
     async (request, response) => {
       const headers = { "content-type": "application/json" };
+      const { host = "" } = request.headers;
+      if (!OWN_HOST.test(host)) {
+        const error = `this is not the server of ${JSON.stringify(printable(host))}: ask for localhost`;
+        return reply(response, 421, JSON.stringify({ error }), { ...headers, connection: "close" });
+      }
       const route = routes[`${request.method} ${request.url}`];
       if (route === undefined)
         return reply(response, 404, JSON.stringify({ error: "no such question" }), headers);
