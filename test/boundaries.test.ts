@@ -37,6 +37,7 @@ const MAY_IMPORT: Record<string, readonly string[]> = {
 const EFFECTS = /^node:(fs|fs\/promises|net|tls|dgram|child_process|dns|dns\/promises|http2|os)$/;
 const EFFECTS_ALLOWED: Record<string, readonly string[]> = {
   "health/probes.ts": ["node:http2", "node:tls"],
+  "telemetry/tls.ts": ["node:tls"],
 };
 
 interface Import {

@@ -172,6 +172,13 @@ export const COMMANDS: readonly CommandSpec[] = [
           "program that prints a token for istiod's CA (audience istio-ca), asked as user vmmesh when neither certificate nor token file help: a cloud's or SPIRE's attestation (default: none)",
       },
       {
+        name: "metrics-tls",
+        type: "string",
+        value: "workload|DIR",
+        describe:
+          "serve the metrics at port 15020 by TLS only, with the workload's certificate or with tls.crt and tls.key of DIR, which user vmmesh must be able to read (default: plain)",
+      },
+      {
         name: "include-outbound-cidr",
         type: "string",
         repeat: true,

@@ -6,6 +6,7 @@ import { execute } from "../daemon/execute.ts";
 import { renewByToken, wantsToken } from "../daemon/freshToken.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { type Journal, readJournal } from "../daemon/journal.ts";
+import { PAIR_FILES } from "../daemon/metricsTls.ts";
 import { describeStep, planJoin, type Step } from "../daemon/steps.ts";
 import { spiffeOf } from "../daemon/workloadFiles.ts";
 import { checkEnvoy } from "../envoy/version.ts";
@@ -23,6 +24,7 @@ import type { Bundle, Workload } from "../mesh/types.ts";
 import { workloadOf } from "../mesh/workload.ts";
 import type { Host } from "../platform/host.ts";
 import type { Owners } from "../platform/users.ts";
+import { contextOf } from "../telemetry/tls.ts";
 import type { Options } from "./commands.ts";
 import {
   type Context,
@@ -61,6 +63,9 @@ export async function join(options: Options): Promise<number> {
   const credentialExec = text(options, "credential-exec");
   if (credentialExec !== undefined)
     await checkCredentialExec(context, credentialExec, services.kind === "systemd");
+  const metricsTls = text(options, "metrics-tls");
+  if (metricsTls !== undefined && metricsTls !== "workload")
+    await checkMetricsPair(context, metricsTls, owners, services.kind === "systemd", rehearse);
   const bundle = await bundleOf(context, options, rehearse);
   const asked = text(options, "interception-mode");
   const draft = await render(context, options, bundle, envoy.path, asked);
@@ -133,6 +138,49 @@ async function checkCredentialExec({ host }: Context, path: string, units: boole
     throw wrong("is not a program", `Make it one: chmod 0755 ${path}`);
   if ((found.mode & 0o002) !== 0)
     throw wrong("may be changed by every user of this machine", `Take that away: chmod o-w ${path}`);
+}
+
+/** @throws {VmmeshError} USAGE if the agent could not serve with what lies there; whether it may read it only root can try */
+async function checkMetricsPair(
+  { host }: Context,
+  folder: string,
+  owners: Owners,
+  units: boolean,
+  rehearse: boolean,
+): Promise<void> {
+  const wrong = (why: string, next: string, cause?: unknown): VmmeshError =>
+    new VmmeshError("USAGE", `--metrics-tls: ${why}`, { next, cause });
+  if (!folder.startsWith("/"))
+    throw wrong(
+      `${folder} is neither \`workload\` nor an absolute path`,
+      "Name the folder of tls.crt and tls.key.",
+    );
+  const hidden = units ? hiddenFolder(`${folder}/`) : undefined;
+  if (hidden !== undefined)
+    throw wrong(
+      `the agent's unit does not see ${hidden}`,
+      "Put the folder elsewhere, e.g. at /etc/ssl/vmmesh-metrics.",
+    );
+  if (rehearse) return;
+  const read = async (name: string): Promise<string> => {
+    const path = `${folder}/${name}`;
+    const { code, stdout, stderr } = await host.run({ argv: ["cat", "--", path], as: owners.agent });
+    if (code === 0) return stdout;
+    throw wrong(
+      `user vmmesh cannot read ${path}: ${stderr.trim()}`,
+      `Let it: the key root:vmmesh 0640, the folder open to that group.`,
+    );
+  };
+  const pair = { chain: await read(PAIR_FILES.chain), key: await read(PAIR_FILES.key) };
+  try {
+    contextOf(pair);
+  } catch (thrown) {
+    throw wrong(
+      `${PAIR_FILES.chain} and ${PAIR_FILES.key} in ${folder} are no pair for TLS`,
+      "Both are PEM; the certificate comes first in its chain, and the key is its own, without a passphrase.",
+      thrown,
+    );
+  }
 }
 
 function checkVisible(envoyPath: string): void {
@@ -330,6 +378,7 @@ async function render(
   const meshCidrs = list(options, "mesh-cidr").length > 0 ? list(options, "mesh-cidr") : bundle.meshCidrs;
   const ip = text(options, "ip");
   const credentialExec = text(options, "credential-exec");
+  const metricsTls = text(options, "metrics-tls");
   const backend = text(options, "backend");
   const clusterEnv = renderEnv(kept, {
     order: "sorted",
@@ -361,6 +410,7 @@ async function render(
     outboundExcludePorts: ports(options, "exclude-outbound-port"),
     ...(ip === undefined ? {} : { ip }),
     ...(credentialExec === undefined ? {} : { credentialExec }),
+    ...(metricsTls === undefined ? {} : { metricsTls }),
   });
   const workload = workloadOf({
     clusterEnv: kept,

@@ -31,10 +31,12 @@ import { createMetrics } from "../telemetry/metrics.ts";
 import { Notifier } from "../telemetry/notify.ts";
 import { parseAppTargets, serveScrape } from "../telemetry/scrape.ts";
 import type { StatusSnapshot } from "../telemetry/status.ts";
+import { TlsDoor } from "../telemetry/tls.ts";
 import { LastGoodFile } from "../xds/lastGood.ts";
 import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
 import { captureWords } from "./capture.ts";
 import { readCaptureState } from "./captureState.ts";
+import { metricsPair } from "./metricsTls.ts";
 import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
@@ -366,7 +368,23 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     };
   };
 
-  const { probe } = workload;
+  const { probe, metricsTls } = workload;
+  const metricsDoor =
+    metricsTls === undefined
+      ? undefined
+      : new TlsDoor(
+          () => metricsPair(host.files, metricsTls, svids.value),
+          (trouble) => {
+            if (trouble === undefined) conditions.clear("metrics-certificate");
+            else
+              conditions.raise(
+                "metrics-certificate",
+                "warning",
+                `the metrics port has no new certificate: ${messageOf(trouble)}`,
+                "Put both files there, readable by user vmmesh; they are read at each connection.",
+              );
+          },
+        );
   const gate = Object.fromEntries(
     ["sds", "xds", "dns", "scrape", "admin"].map((name) => [name, gates.block(name)]),
   );
@@ -521,6 +539,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                     metrics.fenceConnections.set({ direction, what }, counts?.[what][direction] ?? 0);
                 return `${await metrics.render()}${istioStats.render()}`;
               },
+              tls: metricsDoor,
               envoyAdminSocket: paths.envoyAdminSocket,
               app: parseAppTargets(workload.appMetrics),
               waitingFor,

@@ -30,6 +30,7 @@ export interface SidecarSettings {
   readonly outboundExcludeUnits?: readonly string[];
   readonly failurePolicy?: readonly string[];
   readonly appMetrics?: string;
+  readonly metricsTls?: string;
   readonly certificateTtl?: string;
   readonly keyKind?: string;
   readonly credentialExec?: string;
@@ -153,6 +154,11 @@ export const SIDECAR_KEYS: Readonly<Record<string, SidecarKey>> = {
     setting: "appMetrics",
     comment:
       'The application\'s own metrics, merged into port 15020: {"scrape":"true","port":"9090","path":"/metrics"}. Unset: none.',
+  },
+  VMMESH_METRICS_TLS: {
+    setting: "metricsTls",
+    comment:
+      "Metrics at port 15020 by TLS: workload for the mesh's certificate, or a folder with tls.crt and tls.key that vmmesh may read. Unset: plain.",
   },
   SECRET_TTL: {
     setting: "certificateTtl",

@@ -111,6 +111,8 @@ export interface Workload {
   readonly envoyPath: string;
   /** Where the application's own metrics are, as Istio's JSON of the prometheus.io annotations; undefined: not scraped. */
   readonly appMetrics: string | undefined;
+  /** Port 15020 serves metrics by TLS: "workload" for the mesh's certificate, or the folder of another; undefined: plain. */
+  readonly metricsTls: string | undefined;
   /** Lifetime to ask the CA for, in milliseconds; istiod may grant less. */
   readonly certificateTtlMs: number;
   /** Of the key that is made for each certificate. */

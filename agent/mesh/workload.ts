@@ -125,6 +125,7 @@ export function workloadOf(input: WorkloadInput): Workload {
     // Never `binaryPath` of the ProxyConfig: the mesh does not say what a machine runs.
     envoyPath: sidecarEnv.get("VMMESH_ENVOY") || "envoy",
     appMetrics: env.get("ISTIO_PROMETHEUS_ANNOTATIONS") || undefined,
+    metricsTls: metricsTlsOf(sidecarEnv.get("VMMESH_METRICS_TLS")),
     certificateTtlMs: certificateTtlOf(env),
     keyKind: keyKindOf(sidecarEnv.get("VMMESH_KEY_KIND")),
     credentialExec: credentialExecOf(sidecarEnv.get("VMMESH_CREDENTIAL_EXEC")),
@@ -197,6 +198,17 @@ function keyKindOf(text: string | undefined): Workload["keyKind"] {
   const kind = text || "ecdsa-p256";
   if (kind === "ecdsa-p256" || kind === "rsa-2048") return kind;
   throw malformed("VMMESH_KEY_KIND", "sidecar.env", `is \`${kind}\`, neither ecdsa-p256 nor rsa-2048`);
+}
+
+/** @throws {VmmeshError} CONFIG_MALFORMED if it is neither `workload` nor an absolute path */
+function metricsTlsOf(text: string | undefined): string | undefined {
+  if (text === undefined || text === "") return undefined;
+  if (text === "workload" || text.startsWith("/")) return text;
+  throw malformed(
+    "VMMESH_METRICS_TLS",
+    "sidecar.env",
+    `is \`${text}\`, neither \`workload\` nor the absolute path of a folder`,
+  );
 }
 
 /** The machine's own file alone says it: the mesh does not say what a machine runs. */

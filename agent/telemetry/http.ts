@@ -19,6 +19,8 @@ export interface HttpOptions {
   readonly requestMs: number;
   /** Opens the listener; may be called for several addresses. */
   readonly listen: (onConnection: (socket: Duplex) => void) => Promise<Listener>;
+  /** Takes a layer off an accepted connection; if it cannot, that is closed. */
+  readonly unwrap?: (socket: Duplex) => Promise<Duplex>;
   readonly onListening?: () => void;
 }
 
@@ -59,14 +61,18 @@ export async function serveHttp(
         () => undefined,
       );
     };
-    deadlines.set(socket, setDeadline);
     setDeadline(HEAD_MS);
     socket.on("error", () => socket.destroy());
     socket.on("close", () => {
       timer.abort();
       sockets.delete(socket);
     });
-    server.emit("connection", socket);
+    const serve = (inner: Duplex): void => {
+      deadlines.set(inner, setDeadline);
+      server.emit("connection", inner);
+    };
+    if (options.unwrap === undefined) serve(socket);
+    else options.unwrap(socket).then(serve, () => socket.destroy());
   });
   options.onListening?.();
   await aborted(signal);

@@ -6,6 +6,7 @@ import { SECOND_MS } from "../core/time.ts";
 import type { Host, Listener } from "../platform/host.ts";
 import { Exposition } from "./exposition.ts";
 import { fetchOver, reply, serveHttp } from "./http.ts";
+import type { TlsDoor } from "./tls.ts";
 
 /** More of one application body is cut off at the last whole line (Istio's limit). */
 const MAX_APP_BYTES = 10 * 1024 * 1024;
@@ -79,6 +80,8 @@ export interface ScrapeDeps {
   /** 15020, on all addresses. */
   readonly port: number;
   readonly agentMetrics: () => Promise<string>;
+  /** With it metrics are served by TLS only; readiness, which Envoy asks for in plain text, either way. */
+  readonly tls?: TlsDoor | undefined;
   /** Unix socket of Envoy's admin interface; undefined leaves Envoy out. */
   readonly envoyAdminSocket: string | undefined;
   readonly app: readonly AppTarget[];
@@ -99,6 +102,7 @@ export interface ScrapeDeps {
  * @throws the errno error of bind(2)
  */
 export async function serveScrape(deps: ScrapeDeps, signal: AbortSignal): Promise<void> {
+  const { tls } = deps;
   let running = 0;
   const handle = async (request: IncomingMessage, response: ServerResponse): Promise<void> => {
     const url = request.url ?? "";
@@ -117,6 +121,8 @@ export async function serveScrape(deps: ScrapeDeps, signal: AbortSignal): Promis
       );
     }
     if (path !== "/stats/prometheus" && path !== "/metrics") return reply(response, 404);
+    if (tls !== undefined && !("encrypted" in request.socket))
+      return reply(response, 403, "metrics are served by TLS here: scrape with `scheme: https`\n");
     if (running >= MAX_SCRAPES) return reply(response, 503, "too many scrapes at once\n");
     running += 1;
     try {
@@ -131,6 +137,7 @@ export async function serveScrape(deps: ScrapeDeps, signal: AbortSignal): Promis
       maxConnections: MAX_CONNECTIONS,
       requestMs: MAX_TIMEOUT_MS + 5 * SECOND_MS,
       listen: (onConnection) => listenEverywhere(deps.host.net, deps.port, onConnection),
+      ...(tls === undefined ? {} : { unwrap: (socket: Duplex) => tls.open(socket) }),
       ...(deps.onListening === undefined ? {} : { onListening: deps.onListening }),
     },
     handle,

@@ -1,6 +1,8 @@
-import { cpSync } from "node:fs";
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { UNITS } from "../../agent/platform/services.ts";
+import { Authority } from "../controlplane/authority.ts";
 import { cleanNamespace, defineWorkload, istioctlBundle, requireRoot, startApp } from "../lab/acceptance.ts";
 import { Lab, type Machine, waitFor } from "../lab/lab.ts";
 import { ATTEMPTS, asRoot, type Broken, inUnit, outside } from "./attempts.ts";
@@ -9,6 +11,7 @@ import { dnsQuestion, openPorts } from "./scan.ts";
 
 let lab: Lab;
 let details: Machine;
+let operator: Authority;
 
 beforeAll(async () => {
   requireRoot();
@@ -20,7 +23,8 @@ beforeAll(async () => {
   await startApp(details, 9080);
   await details.exec(`systemctl start ssh && systemd-run -q python3 -c '${LISTEN6}'`);
   cpSync(await istioctlBundle(lab, "details"), `${details.root}/root/bundle`, { recursive: true });
-  await details.exec("vmmesh join --bundle /root/bundle");
+  await installPair();
+  await details.exec(`vmmesh join --bundle /root/bundle --metrics-tls ${PAIR}`);
   // What nobody may read must be there to be read: it is written some seconds after Envoy has accepted its configuration.
   await waitFor("last-good", async () =>
     (await details.exec("test -s /var/lib/vmmesh/last-good", { allowFail: true })).code === 0
@@ -33,6 +37,34 @@ beforeAll(async () => {
 afterAll(async () => {
   await lab?.removeVm("details");
 });
+
+/** The metrics port's own certificate, of a CA of the operator's. */
+const PAIR = "/etc/ssl/vmmesh-metrics";
+
+async function installPair(): Promise<void> {
+  operator = await Authority.create("operator.example");
+  const { key, cert } = await operator.server(["details.example"], []);
+  details.putFile(`${PAIR}/tls.crt`, cert);
+  details.putFile(`${PAIR}/tls.key`, key, 0o600);
+  const join = `vmmesh join --bundle /root/bundle --metrics-tls ${PAIR}`;
+  const closed = await details.exec(join, { allowFail: true });
+  expect(closed.code).toBe(2);
+  expect(closed.stderr).toContain(`user vmmesh cannot read ${PAIR}/tls.key`);
+  await details.exec(`chown root:vmmesh ${PAIR}/tls.key && chmod 0640 ${PAIR}/tls.key`);
+}
+
+/** As Prometheus with `scheme: https` and `ca_file`: chain and name are verified. */
+async function scrape(ca: string, name: string) {
+  const folder = mkdtempSync(`${tmpdir()}/vmmesh-`);
+  try {
+    writeFileSync(`${folder}/ca.pem`, ca);
+    const argv = ["curl", "-sS", "-m", "10", "--cacert", `${folder}/ca.pem`];
+    const at = ["--connect-to", `::${details.ip}:15020`, `https://${name}:15020/stats/prometheus`];
+    return await lab.exec([...argv, ...at], { allowFail: true });
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
 
 /** A second application at the captured port, for IPv6. */
 const LISTEN6 =
@@ -83,7 +115,7 @@ describe.for([4, 6] as const)("from another machine, over IPv%i", (family) => {
   });
 
   test.for([
-    { port: 15020, paths: { "/metrics": 200, "/stats/prometheus": 200, "/healthz/ready": 200 } },
+    { port: 15020, paths: { "/metrics": 403, "/stats/prometheus": 403, "/healthz/ready": 200 } },
     { port: 15021, paths: { "/healthz/ready": 200 } },
     { port: 15090, paths: { "/stats/prometheus": 200 } },
   ])("$port serves its paths and nothing else", async ({ port, paths }) => {
@@ -140,6 +172,31 @@ test("a page that had its name resolve to this machine is refused at a forwarded
       ])
     ).stdout;
   expect([await status("localhost:8080"), await status("rebind.example:8080")]).toEqual(["200", "421"]);
+});
+
+test("metrics come by TLS to who verifies chain and name, and the pair is read anew", async () => {
+  expect((await scrape(operator.rootPem, "details.example")).stdout).toMatch(/^vmmesh_build_info\{/m);
+  expect((await scrape(operator.rootPem, "other.example")).stderr).toContain("subject name");
+  const other = await Authority.create("operator.example");
+  expect((await scrape(other.rootPem, "details.example")).stderr).toContain("certificate");
+  const { key, cert } = await other.server(["details.example"], []);
+  // In place: owner and mode stay. Between the two writes the pair does not fit, and the former one is served.
+  writeFileSync(`${details.root}${PAIR}/tls.crt`, cert);
+  expect((await scrape(operator.rootPem, "details.example")).stdout).toContain(
+    'id="metrics-certificate",severity="warning"} 1',
+  );
+  writeFileSync(`${details.root}${PAIR}/tls.key`, key);
+  expect((await scrape(other.rootPem, "details.example")).stdout).toMatch(/^vmmesh_build_info\{/m);
+});
+
+test("the mesh's own certificate leads to the mesh's root", async () => {
+  await details.exec(
+    `sed -i "s|^VMMESH_METRICS_TLS=.*|VMMESH_METRICS_TLS='workload'|" /etc/vmmesh/sidecar.env && systemctl restart vmmesh-agent`,
+  );
+  const { stdout } = await details.exec(
+    "openssl s_client -connect localhost:15020 -CAfile /etc/vmmesh/root-cert.pem -verify_return_error </dev/null",
+  );
+  expect(stdout).toContain("Verify return code: 0 (ok)");
 });
 
 test("a captured port is answered by Envoy", async () => {
