@@ -18,8 +18,14 @@ function machine({ chains = "", tables = {}, save = "", tproxy = true }: Machine
       const line = argv.join(" ");
       if (line.startsWith("nft --check")) return answer("", tproxy ? 0 : 1);
       if (line === "nft list chains") return answer(chains);
-      if (line.startsWith("nft list table ")) return answer(tables[line.slice(15)] ?? "");
+      if (line.startsWith("nft -j list table ")) {
+        const table = tables[line.slice(18)];
+        return answer(table ?? "", table === undefined ? 1 : 0);
+      }
+      if (line.startsWith("nft -a list table ")) return answer("");
       if (line === "iptables-nft-save") return answer(save);
+      if (line.endsWith("-save")) return answer("", 127);
+      if (line === "ip -o addr show") return answer("2: eth0    inet 192.0.2.1/24 scope global eth0\n");
       if (line === "ss -ltnpH")
         return answer("LISTEN 0 9 0.0.0.0:9080 0.0.0.0:*\nLISTEN 0 9 0.0.0.0:9001 0.0.0.0:*\n");
       throw new Error(`nobody expected: ${line}`);
@@ -35,6 +41,23 @@ const FIREWALLD = `table inet firewalld {
 	}
 }
 `;
+/** Of `nft -j list table`: what it refuses, or what it does instead. */
+const inFirewalld = (...expr: object[]): Record<string, string> => {
+  const at = { family: "inet", table: "firewalld" };
+  const base = { type: "filter", hook: "input", prio: 10, policy: "accept" };
+  return {
+    "inet firewalld": JSON.stringify({
+      nftables: [
+        { table: { family: "inet", name: "firewalld" } },
+        { chain: { ...at, name: "filter_INPUT", ...base } },
+        { rule: { ...at, chain: "filter_INPUT", handle: 1, expr } },
+      ],
+    }),
+  };
+};
+const ON_9080 = {
+  match: { op: "==", left: { payload: { protocol: "tcp", field: "dport" } }, right: 9080 },
+};
 const DEFAULT_DENY = filter("DROP", "-A INPUT -p tcp -m tcp --dport 9080 -j ACCEPT");
 const KUBERNETES = filter(
   "ACCEPT",
@@ -71,13 +94,25 @@ const CASES: readonly {
   },
   {
     name: "firewalld",
-    machine: { chains: FIREWALLD, tables: { "inet firewalld": `${FIREWALLD} reject with icmpx` } },
+    machine: { chains: FIREWALLD, tables: inFirewalld({ reject: null }) },
     ports: [9080],
-    why: "nft table inet firewalld",
+    why: "lets nothing in",
+  },
+  {
+    name: "firewalld with the port shut",
+    machine: { chains: FIREWALLD, tables: inFirewalld(ON_9080, { drop: null }) },
+    ports: [9080],
+    why: "port 9080",
+  },
+  {
+    name: "a table that nft does not list in time",
+    machine: { chains: FIREWALLD },
+    ports: [9080],
+    why: "may judge port 9080",
   },
   {
     name: "a foreign table that only counts",
-    machine: { chains: FIREWALLD, tables: { "inet firewalld": `${FIREWALLD} counter accept` } },
+    machine: { chains: FIREWALLD, tables: inFirewalld({ counter: null }, { accept: null }) },
     ports: [9080],
     why: undefined,
   },

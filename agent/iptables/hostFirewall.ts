@@ -1,7 +1,8 @@
-import { PORTS } from "../core/paths.ts";
-import { inputOf, inputVerdict } from "./audit/input.ts";
-import { parseBaseChains, parseListeners, parseSave } from "./parse.ts";
-import { legacyTables, type Reads, tryRun } from "./read.ts";
+import { readSaves } from "./audit/surroundings.ts";
+import { parseAddresses, parseBaseChains, parseListeners } from "./parse.ts";
+import { type Reads, tryRun } from "./read.ts";
+import { admission, difference, doorsOf, type Place } from "./trace/admit.ts";
+import { readInput } from "./trace/input.ts";
 
 /** Does the kernel take a TPROXY rule? Nothing is committed (nft(8), --check). */
 const TPROXY_PROBE = `table ip vmmesh-probe {
@@ -10,10 +11,6 @@ const TPROXY_PROBE = `table ip vmmesh-probe {
 	}
 }
 `;
-
-/** What iptables-nft itself makes is judged in iptables' own words. */
-const OF_IPTABLES = /^ip6? filter$/;
-const OURS = /^(inet|ip6?) vmmesh/;
 
 /**
  * Why a redirected inbound connection would not be judged by the machine's own firewall as the port deserves: REDIRECT
@@ -29,31 +26,36 @@ export async function judgesByPort(
 ): Promise<string | undefined> {
   const check = await tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: TPROXY_PROBE });
   if (check?.code !== 0) return undefined;
-  const chains = parseBaseChains((await tryRun(host, { argv: ["nft", "list", "chains"] }))?.stdout ?? "");
-  const foreign = chains.find(
-    ({ table, type, hook }) =>
-      type === "filter" && hook === "input" && !OF_IPTABLES.test(table) && !OURS.test(table),
-  );
-  if (foreign !== undefined && (await refuses(host, foreign.table)))
-    return `the machine's firewall (nft table ${foreign.table}) judges connections by their port`;
-  const listeners = parseListeners((await tryRun(host, { argv: ["ss", "-ltnpH"] }))?.stdout ?? "");
-  const captured = ports === "all" ? listeners.map(({ port }) => port) : ports;
-  const legacy = (await legacyTables(host, 4)).includes("filter");
-  for (const backend of legacy ? (["nft", "legacy"] as const) : (["nft"] as const)) {
-    const save = await tryRun(host, { argv: [`iptables-${backend}-save`] });
-    const input = inputOf(parseSave(save?.stdout ?? ""));
-    const redirected = (from: number) => inputVerdict(input, PORTS.inbound, from);
-    const differs = captured.find((port) => inputVerdict(input, port, undefined) !== redirected(port));
-    if (differs !== undefined)
-      return `the machine's firewall (iptables INPUT) judges port ${differs} otherwise than a redirected connection`;
-    if (input.policy === "DROP" && redirected(0) !== "accepted")
-      return "the machine's firewall (iptables INPUT) lets nothing in that it does not know";
+  const place = await readPlace(host);
+  const captured = ports === "all" ? place.listeners.map(({ port }) => port) : ports;
+  for (const door of doorsOf(place.addresses)) {
+    const redirected = (port: number) => admission(place, door, port, "captured");
+    for (const port of captured) {
+      const differs = difference(admission(place, door, port, "as it is"), redirected(port));
+      if (differs !== undefined)
+        return differs.may.length === 0
+          ? `the machine's firewall judges port ${port} otherwise than a redirected connection`
+          : `the machine's firewall may judge port ${port} otherwise than a redirected connection: it depends on ${differs.may.join(", ")}`;
+    }
+    const { answer, because } = redirected(ANY_OTHER);
+    if (answer === "no") return "the machine's firewall lets nothing in that it does not know";
+    if (answer === "may")
+      return `the machine's firewall may not let in a redirected connection: it depends on ${because.join(", ")}`;
   }
   return undefined;
 }
 
-/** A table that only counts or accepts is no firewall. */
-async function refuses(host: Reads, table: string): Promise<boolean> {
-  const text = (await tryRun(host, { argv: ["nft", "list", "table", ...table.split(" ")] }))?.stdout ?? "";
-  return /\b(drop|reject)\b/.test(text);
+/** It stands for one that may be declared later: no rule names it. */
+const ANY_OTHER = 0;
+
+/** INPUT as it is now, with what its rules can ask. */
+export async function readPlace(host: Reads): Promise<Place> {
+  const text = async (argv: readonly [string, ...string[]]): Promise<string> =>
+    (await tryRun(host, { argv }))?.stdout ?? "";
+  const [input, sockets, addresses] = await Promise.all([
+    readInput(host, readSaves(host), text(["nft", "list", "chains"]).then(parseBaseChains)),
+    text(["ss", "-ltnpH"]),
+    text(["ip", "-o", "addr", "show"]),
+  ]);
+  return { listeners: parseListeners(sockets), addresses: parseAddresses(addresses), input };
 }

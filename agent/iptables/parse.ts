@@ -159,6 +159,14 @@ export function parseListeners(text: string): ListeningSocket[] {
   });
 }
 
+/** Lines of `ip -o addr show`: `2: eth0    inet 10.0.0.5/24 …`. */
+export function parseAddresses(text: string): { readonly device: string; readonly address: string }[] {
+  return [...text.matchAll(/^\d+: (\S+)\s+inet6? ([^/\s]+)/gm)].map(([, device = "", address = ""]) => ({
+    device,
+    address,
+  }));
+}
+
 /** Names of ssh servers' processes, as a whole. */
 export const SSH_SERVERS = /sshd(-session)?|dropbear|tinysshd/;
 

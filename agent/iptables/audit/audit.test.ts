@@ -1,16 +1,16 @@
 import { describe, expect, test } from "vitest";
 import { MACHINE, WISH as USUAL } from "../../../test/fakes/capture.ts";
 import type { BackendEvidence } from "../backend.ts";
-import { type ParsedRule, parseListeners, parseRule, parseRules, parseSave } from "../parse.ts";
+import { parseListeners, parseRule, parseSave } from "../parse.ts";
 import type { CaptureWish } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
 import type { SeenTable } from "../read.ts";
 import { renderRule, tableRules } from "../render.ts";
 import { isHook } from "../rules.ts";
+import { inputRuleset } from "../trace/input.ts";
 import { judge } from "./audit.ts";
 import type { Evidence, Save, Surroundings, Unit } from "./evidence.ts";
 import { auditExitCode } from "./finding.ts";
-import { inputVerdict } from "./input.ts";
 import { mismatchFindings } from "./mismatch.ts";
 import { NOTHING_AROUND } from "./surroundings.ts";
 
@@ -41,6 +41,13 @@ function asApplied(plan = planCapture(WISH, MACHINE)): SeenTable[] {
   );
 }
 
+const AROUND: Surroundings = {
+  ...NOTHING_AROUND,
+  addresses: [
+    { device: "lo", address: "127.0.0.1" },
+    { device: "eth0", address: "192.0.2.1" },
+  ],
+};
 const BACKEND: BackendEvidence = { installed: true, rules: 0, natRules: 0, kubernetes: false };
 const NFT = { "ip vmmesh": "guard", "ip6 vmmesh": "guard6", "inet vmmesh-fence": "fence" };
 const LISTENERS = parseListeners(
@@ -67,10 +74,10 @@ const HEALTHY: Evidence = {
   baseChains: [],
   saves: [],
   dormant: [],
-  around: NOTHING_AROUND,
+  around: AROUND,
   backends: { nft: { ...BACKEND, rules: 40, natRules: 20 }, legacy: BACKEND },
   legacyTables: [],
-  input: { policy: "ACCEPT", chains: new Map() },
+  input: inputRules("ACCEPT", []),
   listeners: LISTENERS,
   udpListeners: [{ address: "127.0.0.1", port: 15_053, processes: [] }],
   processes: [
@@ -103,10 +110,15 @@ function withNat(change: Partial<SeenTable>): SeenTable[] {
 }
 
 function inputRules(policy: string, lines: readonly string[]): Evidence["input"] {
-  const chains = new Map<string, ParsedRule[]>([["INPUT", []]]);
-  for (const rule of parseRules(lines.join("\n")))
-    chains.set(rule.chain, [...(chains.get(rule.chain) ?? []), rule]);
-  return { policy, chains };
+  const chains = new Set(lines.map((line) => line.split(" ")[1]).filter((name) => name !== "INPUT"));
+  const text = [
+    `*filter\n:INPUT ${policy} [0:0]`,
+    ...[...chains].map((name) => `:${name} - [0:0]`),
+    ...lines,
+    "COMMIT\n",
+  ].join("\n");
+  const saves = [{ backend: "nft", family: 4, tables: parseSave(text) }] as const;
+  return { rules: { 4: inputRuleset(saves, [], 4), 6: inputRuleset(saves, [], 6) }, ipSets: new Map() };
 }
 
 const natV4 = HEALTHY.tables.find((seen) => seen.table === "nat" && seen.family === 4);
@@ -119,7 +131,7 @@ function save(text: string): Save {
 const saved = (text: string): Evidence => ({ ...HEALTHY, saves: [save(text)] });
 const around = (change: Partial<Surroundings>): Evidence => ({
   ...HEALTHY,
-  around: { ...NOTHING_AROUND, ...change },
+  around: { ...AROUND, ...change },
 });
 const unitOf = (id: string, after: readonly string[] = []): Unit => ({
   id,
@@ -275,11 +287,35 @@ const FIRING: readonly { id: string; name: string; evidence: Evidence }[] = [
     },
   },
   {
+    id: "FW020",
+    name: "9000 is open to one network only, and 15006 to nobody",
+    evidence: {
+      ...HEALTHY,
+      input: inputRules("DROP", ["-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 9000 -j ACCEPT"]),
+    },
+  },
+  {
+    id: "FW019",
+    name: "9000 is open to one network only, and 15006 to everybody",
+    evidence: {
+      ...HEALTHY,
+      input: inputRules("DROP", [
+        "-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 9000 -j ACCEPT",
+        "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT",
+      ]),
+    },
+  },
+  {
+    id: "FW019",
+    name: "rules that nobody here can read judge both",
+    evidence: { ...HEALTHY, input: inputRules("ACCEPT", ["-A INPUT -m u32 --u32 0x0=0x1 -j DROP"]) },
+  },
+  {
     id: "FW022",
     name: "the jump was put back by hand on a Docker host",
     evidence: {
       ...saved("*nat\n-A PREROUTING -p tcp -j ISTIO_INBOUND"),
-      around: { ...NOTHING_AROUND, interfaces: ["lo", "eth0", "docker0"] },
+      around: { ...AROUND, interfaces: ["lo", "eth0", "docker0"] },
     },
   },
   {
@@ -374,7 +410,7 @@ const FIRING: readonly { id: string; name: string; evidence: Evidence }[] = [
     name: "a routing rule for the same bits",
     evidence: {
       ...TPROXY,
-      around: { ...NOTHING_AROUND, routingRules: ["9:	from all fwmark 0x1/0x1 lookup 2004"] },
+      around: { ...AROUND, routingRules: ["9:	from all fwmark 0x1/0x1 lookup 2004"] },
     },
   },
   {
@@ -562,6 +598,17 @@ describe("a healthy machine has no finding", () => {
       },
     },
     {
+      name: "a firewall that asks every sender alike",
+      evidence: {
+        ...HEALTHY,
+        input: inputRules("ACCEPT", [
+          "-A INPUT -s 127.0.0.0/8 -j ACCEPT",
+          "-A INPUT -s 198.51.100.0/24 -j DROP",
+          "-A INPUT -m limit --limit 3/minute -j LOG",
+        ]),
+      },
+    },
+    {
       name: "legacy in use by others",
       evidence: {
         ...HEALTHY,
@@ -591,46 +638,6 @@ describe("exit code", () => {
     { name: "critical beside others", severities: ["low", "critical", "high"], want: 2 },
   ] as const)("$name: $want", ({ severities, want }) => {
     expect(auditExitCode(severities.map(of))).toBe(want);
-  });
-});
-
-describe("inputVerdict", () => {
-  test.for([
-    { name: "an empty firewall", policy: "ACCEPT", rules: [], want: "accepted" },
-    { name: "default deny", policy: "DROP", rules: [], want: "denied" },
-    {
-      name: "established only",
-      policy: "DROP",
-      rules: ["-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"],
-      want: "denied",
-    },
-    { name: "loopback only", policy: "DROP", rules: ["-A INPUT -i lo -j ACCEPT"], want: "denied" },
-    {
-      name: "not from loopback",
-      policy: "ACCEPT",
-      rules: ["-A INPUT ! -i lo -p tcp -m tcp --dport 9000 -j REJECT --reject-with tcp-reset"],
-      want: "denied",
-    },
-    {
-      name: "a range",
-      policy: "DROP",
-      rules: ["-A INPUT -p tcp -m tcp --dport 8000:9999 -j ACCEPT"],
-      want: "accepted",
-    },
-    {
-      name: "a chain that returns",
-      policy: "DROP",
-      rules: ["-A INPUT -j X", "-A X -p udp -j ACCEPT", "-A INPUT -p tcp -j ACCEPT"],
-      want: "accepted",
-    },
-    {
-      name: "a source network: it depends",
-      policy: "DROP",
-      rules: ["-A INPUT -s 10.0.0.0/8 -p tcp -j ACCEPT"],
-      want: "unknown",
-    },
-  ])("$name: $want", ({ policy, rules, want }) => {
-    expect(inputVerdict(inputRules(policy, rules), 9000, undefined)).toBe(want);
   });
 });
 

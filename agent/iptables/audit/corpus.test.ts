@@ -5,9 +5,9 @@ import { parseBaseChains, parseListeners, parseSave } from "../parse.ts";
 import type { CaptureWish } from "../plan/wish.ts";
 import { planCapture } from "../plan.ts";
 import { renderTable, TABLES } from "../render.ts";
+import { inputRuleset } from "../trace/input.ts";
 import { judge } from "./audit.ts";
-import type { Evidence, Surroundings } from "./evidence.ts";
-import { inputOf } from "./input.ts";
+import type { Evidence, Save, Surroundings } from "./evidence.ts";
 import { NOTHING_AROUND } from "./surroundings.ts";
 
 /** What our own process holds. */
@@ -246,6 +246,7 @@ function joined({ rules = "", chains = "", around }: Machine, routeTable: number
     .join("")
     .replace(/^-I (\S+) 1 /gm, "-A $1 ");
   const tables = [...parseSave(ours), ...parseSave(rules)];
+  const saved: Save = { backend: "nft", family: 4, tables, complaints: [] };
   const nft = { "ip vmmesh": "guard", "inet vmmesh-fence": "fence" };
   return {
     noPrivilege: undefined,
@@ -255,12 +256,17 @@ function joined({ rules = "", chains = "", around }: Machine, routeTable: number
     strayRules: [],
     nftNow: nft,
     baseChains: [...parseBaseChains(chains), HELD],
-    saves: [{ backend: "nft", family: 4, tables, complaints: [] }],
+    saves: [saved],
     dormant: [],
-    around: { ...NOTHING_AROUND, uidMap: "         0          0 4294967295\n", ...around },
+    around: {
+      ...NOTHING_AROUND,
+      uidMap: "         0          0 4294967295\n",
+      ...around,
+      addresses: [{ device: "eth0", address: "192.0.2.1" }, ...(around?.addresses ?? [])],
+    },
     backends: { nft: evidenceOf(tables), legacy: evidenceOf(undefined) },
     legacyTables: [],
-    input: inputOf(parseSave(rules)),
+    input: { rules: { 4: inputRuleset([saved], [], 4), 6: inputRuleset([], [], 6) }, ipSets: new Map() },
     listeners: parseListeners(
       [
         'LISTEN 0 128 0.0.0.0:15001 0.0.0.0:* users:(("envoy",pid=20,fd=3))',

@@ -1,9 +1,10 @@
 import type { GenerationFile } from "../apply.ts";
 import type { BackendEvidence } from "../backend.ts";
-import type { BaseChain, ListeningSocket, ParsedRule, ParsedTable } from "../parse.ts";
+import type { BaseChain, ListeningSocket, ParsedTable } from "../parse.ts";
 import type { Backend } from "../plan/wish.ts";
 import type { SeenTable } from "../read.ts";
 import type { Family } from "../rules.ts";
+import type { InputRules } from "../trace/input.ts";
 
 /** What one `ip[6]tables-BACKEND-save` printed. */
 export interface Save {
@@ -71,8 +72,7 @@ export interface Evidence {
   readonly around: Surroundings;
   readonly backends: { readonly nft: BackendEvidence; readonly legacy: BackendEvidence };
   readonly legacyTables: readonly string[];
-  /** Chain INPUT of table filter with the chains that it jumps to. */
-  readonly input: { readonly policy: string; readonly chains: ReadonlyMap<string, readonly ParsedRule[]> };
+  readonly input: InputRules;
   readonly listeners: readonly ListeningSocket[];
   readonly udpListeners: readonly ListeningSocket[];
   readonly processes: readonly { readonly pid: number; readonly uid: number; readonly name: string }[];

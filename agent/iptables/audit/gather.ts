@@ -18,9 +18,9 @@ import { renderPlan } from "../render.ts";
 import { missingRouting } from "../routing.ts";
 import { CHAIN, type Family } from "../rules.ts";
 import { mayReadRules } from "../trace/glimpse.ts";
+import { NO_INPUT, readInput } from "../trace/input.ts";
 import { nftTables, restoreCommand } from "../undo.ts";
 import type { Evidence, Save } from "./evidence.ts";
-import { inputOf } from "./input.ts";
 import { type Gathers, NOTHING_AROUND, readSaves, readSurroundings } from "./surroundings.ts";
 
 /** Files that other programs load at boot (firewall.md, FW031). */
@@ -57,7 +57,7 @@ export async function gather(host: Gathers, rulesDir: string | undefined): Promi
       around: NOTHING_AROUND,
       backends: { nft: none, legacy: none },
       legacyTables: [],
-      input: { policy: "ACCEPT", chains: new Map() },
+      input: NO_INPUT,
       listeners: [],
       udpListeners: [],
       processes: [],
@@ -77,10 +77,15 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
   const confirmed =
     rulesDir === undefined ? undefined : (await readState(host.files, rulesDir, "confirmed"))?.state;
   const plan = confirmed?.plan;
-  const [seen, saves, chains, tcp, udp, ps, routes, around, ours, rest] = await Promise.all([
+  const reading = readSaves(host);
+  const listing = tryRun(host, { argv: ["nft", "list", "chains"] }).then((result) =>
+    parseBaseChains(result?.stdout ?? ""),
+  );
+  const [seen, saves, baseChains, input, tcp, udp, ps, routes, around, ours, rest] = await Promise.all([
     readTablesOrWhy(host, plan),
-    readSaves(host),
-    tryRun(host, { argv: ["nft", "list", "chains"] }),
+    reading,
+    listing,
+    readInput(host, reading, listing),
     tryRun(host, { argv: ["ss", "-ltnpH"] }),
     tryRun(host, { argv: ["ss", "-lunpH"] }),
     tryRun(host, { argv: ["ps", "-eo", "pid=,uid=,comm="] }),
@@ -107,7 +112,6 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
   if (nft === undefined || legacy === undefined) throw new Error("two backends were asked for");
   const backend = plan?.backend ?? (nft.rules >= legacy.rules ? "nft" : "legacy");
   const tables = saves.find((save) => save.backend === backend && save.family === 4)?.tables ?? [];
-  const baseChains = parseBaseChains(chains?.stdout ?? "");
   return {
     noPrivilege: undefined,
     confirmed,
@@ -121,7 +125,7 @@ async function gatherAll(host: Gathers, rulesDir: string | undefined): Promise<E
     around,
     backends: { nft, legacy },
     legacyTables: registered,
-    input: inputOf(tables),
+    input,
     listeners: parseListeners(tcp?.stdout ?? ""),
     udpListeners: parseListeners(udp?.stdout ?? ""),
     processes: parseProcesses(ps?.stdout ?? ""),

@@ -1,62 +1,25 @@
 import { PORTS } from "../../core/paths.ts";
 import type { CapturePlan } from "../plan.ts";
 import { CHAIN } from "../rules.ts";
+import {
+  type Admission,
+  admission,
+  type Difference,
+  type Door,
+  difference,
+  doorsOf,
+  type Place,
+  VIRTUAL,
+} from "../trace/admit.ts";
 import { capturesInbound } from "./captured.ts";
 import type { Evidence } from "./evidence.ts";
 import { type Finding, finding, REPAIR, when } from "./finding.ts";
 import { fenceInForce } from "./inForce.ts";
-import { inputVerdict } from "./input.ts";
 
 export function inboundFindings(evidence: Evidence, plan: CapturePlan): Finding[] {
-  const listening = evidence.listeners.map(({ port }) => port);
-  const ports = [...new Set(plan.inboundPorts === "all" ? listening : plan.inboundPorts)].filter((port) =>
-    capturesInbound(plan, port),
-  );
-  // TPROXY leaves the port as it was, and INPUT judges it.
-  const judged = plan.routeTable === undefined ? ports : [];
-  const arrives = (port: number): boolean => inputVerdict(evidence.input, PORTS.inbound, port) !== "denied";
-  const wanted = (port: number): boolean => inputVerdict(evidence.input, port, undefined) !== "denied";
-  const opened = judged.filter((port) => arrives(port) && !wanted(port));
-  const blocked = judged.filter((port) => !arrives(port) && wanted(port));
-  const open = blocked.map(
-    (port) =>
-      `iptables -I INPUT -p tcp --dport ${PORTS.inbound} -m conntrack --ctstate DNAT --ctorigdstport ${port} -j ACCEPT`,
-  );
-  const exposed = fenceInForce(evidence, plan)
-    ? []
-    : evidence.listeners.filter(
-        ({ address, port }) =>
-          [PORTS.outbound, PORTS.inbound, PORTS.dns].some((own) => own === port) &&
-          !address.startsWith("127.") &&
-          address !== "::1" &&
-          inputVerdict(evidence.input, port, undefined) === "accepted",
-      );
+  const place: Place = { ...evidence, addresses: evidence.around.addresses };
   return [
-    ...when(
-      opened.map(
-        (port) => `INPUT denies ${port}, but it is captured and arrives as ${PORTS.inbound}, which is let in`,
-      ),
-      (lines) =>
-        finding(
-          "FW019",
-          "critical",
-          "capture opens ports that the machine's firewall closes",
-          lines,
-          "Do not declare these ports, or use TPROXY, which leaves the port as it was.",
-        ),
-    ),
-    ...when(
-      blocked.map((port) => `INPUT lets ${port} in, but it arrives as ${PORTS.inbound}, which is denied`),
-      (lines) =>
-        finding(
-          "FW020",
-          "high",
-          "the machine's firewall denies captured connections from outside",
-          lines,
-          `Let in what was redirected, and no connection to ${PORTS.inbound} itself.`,
-          open.join(" && "),
-        ),
-    ),
+    ...judgedFindings(place, plan),
     ...when(hijacks(evidence), (lines) =>
       finding(
         "FW022",
@@ -76,23 +39,116 @@ export function inboundFindings(evidence: Evidence, plan: CapturePlan): Finding[
         "Take these ports out of the workload's ports: capture runs first and keeps them from their containers.",
       ),
     ),
-    ...when(
-      exposed.map(({ address, port }) => `${address}:${port} is let in from outside`),
-      (lines) =>
-        finding(
-          "FW021",
-          "high",
-          "a listener for captured traffic can be dialled from outside",
-          lines,
-          "Load the fence, or close these ports.",
-          REPAIR,
-        ),
+    ...when(fenceInForce(evidence, plan) ? [] : exposed(place), (lines) =>
+      finding(
+        "FW021",
+        "high",
+        "a listener for captured traffic can be dialled from outside",
+        lines,
+        "Load the fence, or close these ports.",
+        REPAIR,
+      ),
     ),
   ];
 }
 
-/** Interfaces of containers, pods and virtual machines. */
-const VIRTUAL = /^(docker|br-|cni|cali|cilium_|veth|virbr|podman|flannel|lxc|kube-bridge|weave)/;
+/** One captured port at one door, as INPUT judges it. */
+interface Judged {
+  readonly port: number;
+  readonly door: Door;
+  readonly plain: Admission;
+  readonly captured: Admission;
+  readonly differs: Difference;
+}
+
+/** REDIRECT changes the port before INPUT judges it. */
+function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
+  // TPROXY leaves the port as it was.
+  if (plan.routeTable !== undefined) return [];
+  const listening = place.listeners.map(({ port }) => port);
+  const ports = [...new Set(plan.inboundPorts === "all" ? listening : plan.inboundPorts)].filter((port) =>
+    capturesInbound(plan, port),
+  );
+  const judged = doorsOf(place.addresses)
+    .filter(({ family }) => plan.families.some((of) => of.family === family))
+    .flatMap((door) =>
+      ports.flatMap((port): Judged[] => {
+        const plain = admission(place, door, port, "as it is");
+        const captured = admission(place, door, port, "captured");
+        const differs = difference(plain, captured);
+        return differs === undefined ? [] : [{ port, door, plain, captured, differs }];
+      }),
+    );
+  const opened = judged.filter(({ differs }) => differs.effect !== "shuts");
+  const shut = judged.filter(({ differs }) => differs.effect === "shuts");
+  return [
+    ...when(toldOnce(opened), (lines) =>
+      finding(
+        "FW019",
+        opened.every(({ differs }) => differs.may.length > 0) ? "medium" : "critical",
+        opened.every(({ differs }) => differs.may.length > 0)
+          ? "capture may open ports that the machine's firewall closes"
+          : "capture opens ports that the machine's firewall closes",
+        lines,
+        "Do not declare these ports, or use TPROXY, which leaves the port as it was.",
+      ),
+    ),
+    ...when(toldOnce(shut), (lines) =>
+      finding(
+        "FW020",
+        "high",
+        shut.every(({ differs }) => differs.may.length > 0)
+          ? "the machine's firewall may deny captured connections from outside"
+          : "the machine's firewall denies captured connections from outside",
+        lines,
+        `Let in what was redirected, and no connection to ${PORTS.inbound} itself; or use TPROXY, which leaves the port as it was.`,
+        [...new Set(shut.flatMap(letIn))].join(" && "),
+      ),
+    ),
+  ];
+}
+
+/** One line for all doors that are judged alike. */
+function toldOnce(judged: readonly Judged[]): string[] {
+  const lines = Map.groupBy(judged, ({ port, plain, captured, differs: { may } }) => {
+    const why = may.length === 0 ? "" : `; it depends on ${may.join(", ")}`;
+    return `INPUT ${SAYS[plain.answer]} ${port}, but it is captured and arrives as ${PORTS.inbound}, which it ${SAYS[captured.answer]}${why}`;
+  });
+  return [...lines].map(
+    ([line, at]) => `${line} (${at.map(({ door }) => `${door.device}, ${door.address}`).join("; ")})`,
+  );
+}
+
+const SAYS = { yes: "lets in", no: "denies", may: "may let in" } as const;
+
+/** Only where a rule of iptables denies it, and one for every sender does no harm. */
+function letIn({ port, door: { family }, plain, captured }: Judged): string[] {
+  const [backend, ...others] = captured.deniedBy.map((table) => /^iptables-(nft|legacy)/.exec(table)?.[1]);
+  if (plain.answer !== "yes" || backend === undefined || others.length > 0) return [];
+  return [
+    `ip${family === 6 ? "6" : ""}tables-${backend} -I INPUT -p tcp --dport ${PORTS.inbound} -m conntrack --ctstate DNAT --ctorigdstport ${port} -j ACCEPT`,
+  ];
+}
+
+/** Listeners for captured traffic that INPUT lets others dial. */
+function exposed(place: Place): string[] {
+  const own = place.listeners.filter(
+    ({ address, port }) =>
+      [PORTS.outbound, PORTS.inbound, PORTS.dns].some((each) => each === port) &&
+      !address.startsWith("127.") &&
+      address !== "::1",
+  );
+  return own.flatMap(({ address, port }) => {
+    const answers = doorsOf(place.addresses)
+      .filter(({ family }) => address === "*" || (family === 6) === address.includes(":"))
+      .map((door) => admission(place, door, port, "as it is"));
+    const may = answers.find(({ answer }) => answer === "may");
+    if (answers.some(({ answer }) => answer === "yes")) return [`${address}:${port} is let in from outside`];
+    return may === undefined
+      ? []
+      : [`${address}:${port} may be let in from outside; it depends on ${may.because.join(", ")}`];
+  });
+}
 
 /** Jumps that ask nothing about the destination, on a machine that forwards. */
 function hijacks({ saves, around }: Evidence): string[] {

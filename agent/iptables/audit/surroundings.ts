@@ -1,7 +1,7 @@
 import { VmmeshError } from "../../core/errors.ts";
 import type { Command, CommandResult, Host } from "../../platform/host.ts";
 import { UNITS } from "../../platform/services.ts";
-import { parseSave } from "../parse.ts";
+import { parseAddresses, parseSave } from "../parse.ts";
 import { legacyTables, tryRun } from "../read.ts";
 import type { Save, Surroundings, Unit } from "./evidence.ts";
 import { OUR_UNITS, RIVAL_CONFIG, RIVAL_UNITS } from "./rivals.ts";
@@ -42,7 +42,7 @@ async function quick(host: Gathers, argv: Command["argv"]): Promise<string | und
 }
 
 /** Everything that both backends hold in both families. Without -t, legacy's save registers no table. */
-export async function readSaves(host: Gathers): Promise<Save[]> {
+export async function readSaves(host: Pick<Host, "run">): Promise<Save[]> {
   const wanted = (["nft", "legacy"] as const).flatMap((backend) =>
     ([4, 6] as const).map((family) => ({ backend, family })),
   );
@@ -96,9 +96,7 @@ export async function readSurroundings(host: Gathers): Promise<Surroundings> {
   const connections = Number(count);
   return {
     interfaces: [...devices.matchAll(/^\s*(\S+):/gm)].map(([, name = ""]) => name),
-    addresses: [...(addresses ?? "").matchAll(/^\d+: (\S+)\s+inet6? ([^/\s]+)/gm)].map(
-      ([, device = "", address = ""]) => ({ device, address }),
-    ),
+    addresses: parseAddresses(addresses ?? ""),
     forwards: forward.trim() === "1",
     socketPrograms: programs,
     nftNodePorts: ports,

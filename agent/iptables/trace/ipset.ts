@@ -2,6 +2,7 @@ import { splitWords } from "../parse.ts";
 import { type Reads, tryRun } from "../read.ts";
 import type { Family } from "../rules.ts";
 import {
+  addressesOf,
   addressNumber,
   allTri,
   anyTri,
@@ -100,14 +101,16 @@ function sizeOf(parts: readonly string[]): bigint {
 }
 
 function holds(part: string, element: string, packet: Packet, source: boolean, mask: bigint): Tri {
-  const side = source ? packet.from : packet.to;
+  const side = source ? "from" : "to";
   switch (part) {
     case "ip":
     case "net": {
       const wanted = parseSpan(element);
+      const addresses =
+        source && packet.fromAnywhere ? addressesOf(packet, side) : span(packet[side].address & mask);
       return wanted === undefined
         ? { unknown: `whether \`${element}\` of an ipset holds the address` }
-        : within(span(side.address & mask), wanted);
+        : within(addresses, wanted);
     }
     case "port": {
       const [, protocol, port = ""] = /^(?:([^:]+):)?(.*)$/.exec(element) ?? [];
@@ -119,7 +122,7 @@ function holds(part: string, element: string, packet: Packet, source: boolean, m
       const wanted = parseSpan(port);
       return wanted === undefined
         ? { unknown: `what port \`${port}\` of an ipset is` }
-        : within(side.port, wanted);
+        : within(packet[side].port, wanted);
     }
     case "iface":
       return (source ? packet.in : packet.out) === element;

@@ -20,10 +20,12 @@ import {
   type World,
 } from "./model.ts";
 import {
+  addressesOf,
   addressNumber,
   allTri,
   anyTri,
   type Got,
+  ITS_SOURCE,
   isSpan,
   isUnknown,
   notTri,
@@ -105,7 +107,7 @@ function payload({ protocol, field }: Bag): Read {
   if (family !== undefined) {
     return (packet) => {
       if (packet.family !== family) return undefined;
-      if (side !== undefined) return span(packet[side].address);
+      if (side !== undefined) return addressesOf(packet, side);
       if (name === "protocol" || name === "nexthdr") return span(protocolNumber(packet));
       return name === "version" ? span(family) : { unknown: `what \`${of} ${name}\` is` };
     };
@@ -158,7 +160,7 @@ function conntrack({ key, dir }: Bag): Read {
     if (dir !== "original") return { unknown: `what \`ct ${name}\` is` };
     if (name.startsWith("ip ") && packet.family !== 4) return undefined;
     if (name.startsWith("ip6 ") && packet.family !== 6) return undefined;
-    if (side !== undefined) return span(packet.original[side].address);
+    if (side !== undefined) return addressesOf(packet, side, packet.original);
     if (port !== undefined) return packet.original[port].port;
     return { unknown: `what \`ct ${name}\` is` };
   };
@@ -187,6 +189,7 @@ function fib({ result, flags }: Bag): Read {
   const asked = list(flags);
   const side = asked.includes("daddr") ? "to" : "from";
   return (packet, world) => {
+    if (result === "type" && side === "from" && packet.fromAnywhere) return { unknown: ITS_SOURCE };
     if (result === "type" && !asked.includes("iif") && !asked.includes("oif"))
       return addressType(world, packet.family, packet[side].address);
     // The way back of a packet whose interface was found by the route to its source; lo always answers. (nft_fib_ipv4.c)
@@ -202,6 +205,8 @@ function combine(parts: readonly Read[], how: (a: bigint, b: bigint) => bigint):
     const numbers = got.map(exact);
     const [head, ...rest] = numbers.filter((number) => number !== undefined);
     if (head !== undefined && rest.length === numbers.length - 1) return span(rest.reduce(how, head));
+    if (got.some((part) => isSpan(part) && part.low !== part.high))
+      return { unknown: "what an operation on a value gives that is not known" };
     return got.find(isUnknown) ?? undefined;
   };
 }

@@ -97,14 +97,17 @@ export interface Sender {
   readonly cgroup: string | undefined;
 }
 
-/** The first packet of a connection, at one place of its way. */
-export interface Packet {
-  readonly family: Family;
-  readonly protocol: Protocol;
+interface Ends {
   readonly from: Endpoint;
   readonly to: Endpoint;
+}
+
+/** The first packet of a connection, at one place of its way. */
+export interface Packet extends Ends {
+  readonly family: Family;
+  readonly protocol: Protocol;
   /** As conntrack remembers it: before any translation. */
-  readonly original: { readonly from: Endpoint; readonly to: Endpoint };
+  readonly original: Ends;
   readonly mark: bigint;
   readonly ctMark: bigint;
   /** `zoned`: not looked at by conntrack yet, but a later NOTRACK comes too late (xt_CT.c: the first one stays). */
@@ -122,6 +125,25 @@ export interface Packet {
   readonly proxied: Endpoint | undefined;
   /** By what it was routed last: anew on its way out, or on its way in. */
   readonly routed?: { readonly to: bigint; readonly from: bigint; readonly mark: bigint };
+  /** It stands for those of every sender outside: `from.address` means nothing. */
+  readonly fromAnywhere?: true;
+}
+
+const ANYWHERE: Readonly<Record<Family, Span>> = {
+  4: { low: 0n, high: (1n << 32n) - 1n },
+  6: { low: 0n, high: (1n << 128n) - 1n },
+};
+/** No packet from outside has such a source. (ip_route_input_slow: martian) */
+const LOOPBACK: Readonly<Record<Family, Span>> = {
+  4: { low: 0x7f000000n, high: 0x7fffffffn },
+  6: { low: 1n, high: 1n },
+};
+
+/** What cannot be told of a packet that stands for those of every sender. */
+export const ITS_SOURCE = "where it comes from";
+
+export function addressesOf(packet: Packet, side: "from" | "to", at: Ends = packet): Span {
+  return side === "from" && packet.fromAnywhere ? ANYWHERE[packet.family] : span(at[side].address);
 }
 
 export function endpointText({ address, port }: Endpoint, family: Family): string {
@@ -156,6 +178,11 @@ export function parseSpan(text: string): Span | undefined {
 export function within(value: Span, pattern: Span): Tri {
   if (value.low >= pattern.low && value.high <= pattern.high) return true;
   if (value.high < pattern.low || value.low > pattern.high) return false;
+  const family = ([4, 6] as const).find((each) => ANYWHERE[each].high === value.high);
+  if (family !== undefined) {
+    const { low, high } = LOOPBACK[family];
+    return pattern.low >= low && pattern.high <= high ? false : { unknown: ITS_SOURCE };
+  }
   return { unknown: `the source port is chosen by the kernel from ${spanText(value)}` };
 }
 

@@ -1,4 +1,5 @@
 import { type ParsedRule, type ParsedTable, parseSave } from "../parse.ts";
+import type { Backend } from "../plan/wish.ts";
 import { legacyTables, type Reads, tryRun } from "../read.ts";
 import { refused } from "../refusal.ts";
 import type { Family } from "../rules.ts";
@@ -16,16 +17,20 @@ import {
 import { bag, compileExpressions, type Json, type Sets } from "./nftRule.ts";
 import { compileRule } from "./xtables.ts";
 
-/** What the machine's programs print of its rules, for one address family. Empty: there is none of it. */
-export interface Listing {
-  /** `iptables-nft-save` or `ip6tables-nft-save`. */
-  readonly nftSave: string;
-  readonly legacySave: string;
+/** What nft prints of its tables. */
+export interface NativeListing {
   /** `nft -j list ruleset` and `nft -a list ruleset`: the first has the meaning, the second the words. */
   readonly nftJson: string;
   readonly nftText: string;
   /** `nft --debug=netlink list table` of those with a rule that `hidesFamily`: the kernel's own instructions. */
   readonly nftNetlink: string;
+}
+
+/** What the machine's programs print of its rules, for one address family. Empty: there is none of it. */
+export interface Listing extends NativeListing {
+  /** `iptables-nft-save` or `ip6tables-nft-save`. */
+  readonly nftSave: string;
+  readonly legacySave: string;
 }
 
 /** @throws {VmmeshError} RULES_PRIVILEGE */
@@ -58,7 +63,7 @@ export async function readListing(host: Reads, family: Family): Promise<Listing>
   };
 }
 
-const hidingTables = (nftText: string): string[] =>
+export const hidingTables = (nftText: string): string[] =>
   [...nftText.matchAll(/^table ((?:inet|netdev) \S+) \{([\s\S]*?)^\}/gm)].flatMap(([, at = "", body = ""]) =>
     hidesFamily(body) ? [at] : [],
   );
@@ -80,58 +85,95 @@ const TABLES: Readonly<Record<string, { readonly type: string; readonly priority
 
 /** Everything in force for one family, foreign rules included. Pure. */
 export function buildRuleset(listing: Listing, family: Family): Ruleset {
-  const chains = new Map<string, Chain>();
-  const bases: Base[] = [];
-  const add = (table: string, name: string, rules: readonly TraceRule[]): Chain => {
-    const chain: Chain = { table, name, rules };
-    chains.set(chainKey(table, name), chain);
-    return chain;
-  };
   const saved = parseSave(listing.nftSave);
   const native = readNative(listing, family);
-  for (const table of native) {
-    const save = table.family === "inet" ? undefined : saved.find(({ name }) => name === table.name);
-    const label = save === undefined ? `nft ${table.family} ${table.name}` : `iptables-nft ${table.name}`;
-    for (const { name, base, rules } of table.chains) {
-      const chain = add(label, name, mergeRules(rules, linesOf(save, name), table.sets, save));
-      if (base !== undefined) bases.push({ ...base, chain });
-    }
-  }
-  // Without nft its own tables are known only as iptables prints them.
-  const iptables: [string, ParsedTable[]][] = [
-    [
-      "iptables-nft",
-      saved.filter(({ name }) => !native.some((table) => table.name === name && table.family !== "inet")),
-    ],
-    ["iptables-legacy", parseSave(listing.legacySave)],
-  ];
-  for (const [backend, tables] of iptables) {
-    for (const table of tables) {
-      const label = `${backend} ${table.name}`;
-      const names = new Set(table.chains.keys());
-      for (const [name, policy] of table.chains) {
-        const chain = add(
-          label,
-          name,
-          linesOf(table, name).map((rule) => fromLine(rule, names)),
-        );
-        const hook = HOOKS[name];
-        const place = TABLES[table.name];
-        if (hook === undefined || policy === "-" || place === undefined) continue;
-        const late = place.type === "nat" && (hook === "input" || hook === "postrouting");
-        bases.push({
+  const alone = saved.filter(
+    ({ name }) => !native.some((table) => table.name === name && table.family !== "inet"),
+  );
+  return joined([
+    ...native.map((table) => nativeParts(table, saved)),
+    // Without nft its own tables are known only as iptables prints them.
+    ...alone.map((table) => iptablesParts("nft", table)),
+    ...parseSave(listing.legacySave).map((table) => iptablesParts("legacy", table)),
+  ]);
+}
+
+/** One table's. */
+export interface Parts {
+  readonly bases: readonly Base[];
+  readonly chains: readonly Chain[];
+}
+
+export function joined(parts: readonly Parts[]): Ruleset {
+  return {
+    bases: parts.flatMap(({ bases }) => bases),
+    chains: new Map(
+      parts.flatMap(({ chains }) => chains.map((chain) => [chainKey(chain.table, chain.name), chain])),
+    ),
+  };
+}
+
+/** @param saved what `iptables-nft-save` says of its own tables, which nft lists as well */
+export function nativeParts(table: NativeTable, saved: readonly ParsedTable[] = []): Parts {
+  const save = table.family === "inet" ? undefined : saved.find(({ name }) => name === table.name);
+  const label = save === undefined ? `nft ${table.family} ${table.name}` : `iptables-nft ${table.name}`;
+  const lines = Map.groupBy(save?.rules ?? [], ({ chain }) => chain);
+  const chains = table.chains.map(({ name, base, rules }) => ({
+    base,
+    chain: { table: label, name, rules: mergeRules(rules, lines.get(name) ?? [], table.sets, save) },
+  }));
+  return {
+    chains: chains.map(({ chain }) => chain),
+    bases: chains.flatMap(({ base, chain }) => (base === undefined ? [] : [{ ...base, chain }])),
+  };
+}
+
+/** @param only the built-in chain that is asked for, with all that it can come to; default: all */
+export function iptablesParts(backend: Backend, table: ParsedTable, only?: string): Parts {
+  const lines = Map.groupBy(table.rules, ({ chain }) => chain);
+  const names = new Set(table.chains.keys());
+  const wanted = only === undefined ? [...names] : reached(only, lines, names);
+  const chains = wanted.map(
+    (name): Chain => ({
+      table: `iptables-${backend} ${table.name}`,
+      name,
+      rules: (lines.get(name) ?? []).map((rule) => fromLine(rule, names)),
+    }),
+  );
+  return {
+    chains,
+    bases: chains.flatMap((chain): Base[] => {
+      const policy = table.chains.get(chain.name);
+      const hook = HOOKS[chain.name];
+      const place = TABLES[table.name];
+      if (hook === undefined || policy === "-" || place === undefined) return [];
+      const late = place.type === "nat" && (hook === "input" || hook === "postrouting");
+      return [
+        {
           chain,
           hook,
-          ...place,
           type: table.name === "mangle" && hook === "output" ? "route" : place.type,
           priority: late ? 100 : place.priority,
           policy: policy === "DROP" ? "drop" : "accept",
           device: undefined,
-        });
-      }
-    }
+        },
+      ];
+    }),
+  };
+}
+
+/** A chain and those that it jumps to, and so on. */
+function reached(
+  first: string,
+  lines: ReadonlyMap<string, readonly ParsedRule[]>,
+  names: ReadonlySet<string>,
+): string[] {
+  const found = new Set(names.has(first) ? [first] : []);
+  for (const name of found) {
+    for (const { target } of lines.get(name) ?? [])
+      if (target !== undefined && names.has(target)) found.add(target);
   }
-  return { bases, chains };
+  return [...found];
 }
 
 const HOOKS: Readonly<Record<string, HookName>> = {
@@ -141,9 +183,6 @@ const HOOKS: Readonly<Record<string, HookName>> = {
   OUTPUT: "output",
   POSTROUTING: "postrouting",
 };
-
-const linesOf = (table: ParsedTable | undefined, chain: string): ParsedRule[] =>
-  table?.rules.filter((rule) => rule.chain === chain) ?? [];
 
 function fromLine(rule: ParsedRule, chains: ReadonlySet<string>): TraceRule {
   return { text: rule.line, comment: rule.comment, steps: compileRule(rule, chains) };
@@ -180,7 +219,7 @@ interface NativeRule {
   readonly text: string;
   readonly comment: string | undefined;
 }
-interface NativeTable {
+export interface NativeTable {
   readonly family: string;
   readonly name: string;
   readonly sets: Sets;
@@ -202,7 +241,7 @@ const HOOK_NAMES: ReadonlySet<string> = new Set([
 ]);
 
 /** @see libnftables-json(5) */
-function readNative({ nftJson, nftText, nftNetlink }: Listing, family: Family): NativeTable[] {
+export function readNative({ nftJson, nftText, nftNetlink }: NativeListing, family: Family): NativeTable[] {
   const at = nftJson.indexOf("{");
   if (at < 0) return [];
   const objects = (bag(JSON.parse(nftJson.slice(at)))["nftables"] as Json[] | undefined) ?? [];

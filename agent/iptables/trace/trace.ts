@@ -121,7 +121,7 @@ function walkOnce({ rules, machine: { world }, forwards, ephemeral }: Trace, que
     proxied: undefined,
   };
   if (route?.refused !== undefined)
-    return [{ packet, hops: [], end: { kind: "unroutable", why: route.refused }, because: [] }];
+    return [{ packet, hops: [], end: { kind: "unroutable", why: route.refused }, because: [], assumed: [] }];
   return source === undefined ? walkOut(rules, world, packet) : walkIn(rules, world, packet, forwards);
 }
 

@@ -40,10 +40,11 @@ export interface Way {
   readonly end: End;
   /** What would have to be known to choose between this way and the others. */
   readonly because: readonly string[];
+  readonly assumed: readonly Assumption[];
 }
 
 /** One of several possibilities was followed: `choice` says which. */
-interface Assumption {
+export interface Assumption {
   readonly why: string;
   readonly choice: number;
 }
@@ -86,11 +87,19 @@ export function walkIn(rules: Ruleset, world: World, packet: Packet, forwards: b
   );
 }
 
+/** All ways of a packet for this machine through INPUT alone; its port has been settled before. Pure. */
+export function walkInput(rules: Ruleset, world: World, packet: Packet): Way[] {
+  return hook(rules, world, "input", [start(packet)]).map((state) =>
+    way(state, state.end === "through" ? deliver(world, state.packet) : state.end),
+  );
+}
+
 const start = (packet: Packet): State => ({ packet, hops: [], because: [] });
 const way = ({ packet, hops, because }: State, end: End): Way => ({
   packet,
   hops,
   because: [...new Set(because.map(({ why }) => why))],
+  assumed: because,
   end,
 });
 const unknownRoute: End = { kind: "unroutable", why: "the kernel's route is not known" };

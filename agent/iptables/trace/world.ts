@@ -2,7 +2,7 @@ import { type ListeningSocket, parseListeners } from "../parse.ts";
 import { type Reads, tryRun } from "../read.ts";
 import type { Family } from "../rules.ts";
 import { readIpSets } from "./ipset.ts";
-import type { Route, RouteQuestion, World } from "./model.ts";
+import type { Route, RouteQuestion, Socket, World } from "./model.ts";
 import { addressNumber, addressText } from "./packet.ts";
 
 /** What the kernel was asked already, and what a walk asked in vain; a walk is repeated until it asks nothing new. */
@@ -43,19 +43,7 @@ export async function readWorld(
     visibleAddress: (device, family) =>
       visible.find((it) => it.family === family && it.device === device)?.address ??
       visible.find((it) => it.family === family)?.address,
-    socket(protocol, family, address, port) {
-      const found = listeners[protocol]
-        .filter((socket) => listens(socket, family, address, port))
-        // One that is bound to the very address goes first.
-        .sort((a, b) => Number(isWildcard(a.address)) - Number(isWildcard(b.address)))[0];
-      return found === undefined
-        ? undefined
-        : {
-            name: found.processes[0]?.name ?? "",
-            wildcard: isWildcard(found.address),
-            transparent: found.transparent,
-          };
-    },
+    socket: (protocol, family, address, port) => findSocket(listeners[protocol], family, address, port),
     recent,
     ipSets: sets,
   };
@@ -87,7 +75,28 @@ function listens(socket: ListeningSocket, family: Family, address: bigint, port:
 }
 
 interface SeenSocket extends ListeningSocket {
-  readonly transparent: boolean | undefined;
+  /** Missing or undefined: this machine's ss cannot say, or was not asked. */
+  readonly transparent?: boolean | undefined;
+}
+
+/** Who gets a packet to this address; undefined: nobody does. */
+export function findSocket(
+  sockets: readonly SeenSocket[],
+  family: Family,
+  address: bigint,
+  port: bigint,
+): Socket | undefined {
+  const found = sockets
+    .filter((socket) => listens(socket, family, address, port))
+    // One that is bound to the very address goes first.
+    .sort((a, b) => Number(isWildcard(a.address)) - Number(isWildcard(b.address)))[0];
+  return found === undefined
+    ? undefined
+    : {
+        name: found.processes[0]?.name ?? "",
+        wildcard: isWildcard(found.address),
+        transparent: found.transparent,
+      };
 }
 
 /** With the options of each socket where ss can tell them (iproute2 5.13). */

@@ -19,9 +19,11 @@ import {
   verdict,
 } from "./model.ts";
 import {
+  addressesOf,
   addressNumber,
   allTri,
   anyTri,
+  ITS_SOURCE,
   isUnknown,
   notTri,
   type Packet,
@@ -103,7 +105,7 @@ const addressOf =
   (side: "from" | "to") =>
   (args: readonly string[]): Test | undefined => {
     const wanted = parseSpan(first(args));
-    return wanted === undefined ? undefined : (packet) => within(span(packet[side].address), wanted);
+    return wanted === undefined ? undefined : (packet) => within(addressesOf(packet, side), wanted);
   };
 
 /** `eth0`, or `veth+` for every name that begins so. */
@@ -159,6 +161,7 @@ const typeOf =
   (args: readonly string[]): Test => {
     const wanted = first(args).toLowerCase().split(",");
     return (packet, world) => {
+      if (side === "from" && packet.fromAnywhere) return { unknown: ITS_SOURCE };
       const type = addressType(world, packet.family, packet[side].address);
       if (isUnknown(type)) return type;
       if (packet.family === 4) return wanted.includes(String(type));
@@ -175,7 +178,11 @@ const original =
   (args: readonly string[]): Test | undefined => {
     const wanted = parseSpan(first(args));
     if (wanted === undefined) return undefined;
-    return ({ original: of }) => within(what === "address" ? span(of[side].address) : of[side].port, wanted);
+    return (packet) =>
+      within(
+        what === "address" ? addressesOf(packet, side, packet.original) : packet.original[side].port,
+        wanted,
+      );
   };
 
 /** Options by match. @see iptables-extensions(8) */
@@ -322,6 +329,7 @@ const WHOLE: Readonly<Record<string, (options: readonly Option[]) => Test>> = {
     const mask = addressNumber(first(option("--mask")?.args ?? []));
     const side = option("--rdest") === undefined ? "from" : "to";
     return (packet, world) => {
+      if (side === "from" && packet.fromAnywhere) return { unknown: ITS_SOURCE };
       const age = world.recent(list, packet[side].address & (mask ?? -1n));
       if (age === undefined) return unknown;
       return negate(check, age !== "never" && (seconds === undefined || age <= Number(first(seconds.args))));

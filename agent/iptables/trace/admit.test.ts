@@ -1,0 +1,140 @@
+import { describe, expect, test } from "vitest";
+import { parseSave } from "../parse.ts";
+import { type Admission, admission, difference, doorsOf, type Place } from "./admit.ts";
+import { inputRuleset } from "./input.ts";
+
+const ADDRESSES = [
+  { device: "lo", address: "127.0.0.1" },
+  { device: "eth0", address: "192.0.2.1" },
+  { device: "eth0", address: "fe80::1" },
+  { device: "eth1", address: "198.51.100.1" },
+  { device: "docker0", address: "172.17.0.1" },
+];
+
+function place(policy: string, rules: readonly string[]): Place {
+  const text = `*filter\n:INPUT ${policy} [0:0]\n:X - [0:0]\n${rules.join("\n")}\nCOMMIT\n`;
+  const saves = [{ backend: "nft", family: 4, tables: parseSave(text) }] as const;
+  const of = (family: 4 | 6) => inputRuleset(saves, [], family);
+  return { addresses: ADDRESSES, listeners: [], input: { rules: { 4: of(4), 6: of(6) }, ipSets: new Map() } };
+}
+
+function at(device: string, where: Place, captured: "captured" | "as it is" = "as it is"): Admission {
+  const door = doorsOf(ADDRESSES).find((each) => each.device === device);
+  if (door === undefined) throw new Error(`no door ${device}`);
+  return admission(where, door, 9000, captured);
+}
+
+test("doors are the addresses that others reach: not lo, not link-local, not a bridge of containers", () => {
+  expect(doorsOf(ADDRESSES).map(({ device, address }) => `${device} ${address}`)).toEqual([
+    "eth0 192.0.2.1",
+    "eth1 198.51.100.1",
+  ]);
+});
+
+describe("a new connection to 9000 by eth0", () => {
+  test.for([
+    { name: "an empty firewall", policy: "ACCEPT", rules: [], want: "yes" },
+    { name: "default deny", policy: "DROP", rules: [], want: "no" },
+    {
+      name: "established only",
+      policy: "DROP",
+      rules: ["-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"],
+      want: "no",
+    },
+    { name: "loopback only", policy: "DROP", rules: ["-A INPUT -i lo -j ACCEPT"], want: "no" },
+    {
+      name: "senders on loopback only",
+      policy: "DROP",
+      rules: ["-A INPUT -s 127.0.0.0/8 -j ACCEPT"],
+      want: "no",
+    },
+    {
+      name: "not from loopback",
+      policy: "ACCEPT",
+      rules: ["-A INPUT ! -i lo -p tcp -m tcp --dport 9000 -j REJECT --reject-with tcp-reset"],
+      want: "no",
+    },
+    {
+      name: "a range",
+      policy: "DROP",
+      rules: ["-A INPUT -p tcp -m tcp --dport 8000:9999 -j ACCEPT"],
+      want: "yes",
+    },
+    {
+      name: "a chain that returns",
+      policy: "DROP",
+      rules: ["-A INPUT -j X", "-A X -p udp -j ACCEPT", "-A INPUT -p tcp -j ACCEPT"],
+      want: "yes",
+    },
+    { name: "another interface", policy: "DROP", rules: ["-A INPUT -i eth1 -p tcp -j ACCEPT"], want: "no" },
+    {
+      name: "another address",
+      policy: "DROP",
+      rules: ["-A INPUT -d 192.0.2.9/32 -p tcp -j ACCEPT"],
+      want: "no",
+    },
+    {
+      name: "a source network: it depends",
+      policy: "DROP",
+      rules: ["-A INPUT -s 10.0.0.0/8 -p tcp -j ACCEPT"],
+      want: "may",
+    },
+    { name: "every source", policy: "DROP", rules: ["-A INPUT -s 0.0.0.0/0 -p tcp -j ACCEPT"], want: "yes" },
+    {
+      name: "a set that cannot be read",
+      policy: "ACCEPT",
+      rules: ["-A INPUT -m set --match-set x src -j DROP"],
+      want: "may",
+    },
+    {
+      name: "a program decides",
+      policy: "ACCEPT",
+      rules: ["-A INPUT -j NFQUEUE --queue-num 0"],
+      want: "may",
+    },
+  ])("$name: $want", ({ policy, rules, want }) => {
+    const { answer, because } = at("eth0", place(policy, rules));
+    expect(answer).toBe(want);
+    expect(because.length > 0).toBe(want === "may");
+  });
+});
+
+test("by the interface that is opened it is let in, by the other one it is not", () => {
+  const where = place("DROP", ["-A INPUT -i eth1 -p tcp -j ACCEPT"]);
+  expect([at("eth0", where).answer, at("eth1", where).answer]).toEqual(["no", "yes"]);
+});
+
+describe("what capture changes", () => {
+  const OPEN = "-A INPUT -p tcp -m tcp --dport 9000 -j ACCEPT";
+  const DNAT = "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT";
+  const SOME = "-A INPUT -s 10.0.0.0/8 -p tcp -m tcp --dport 9000 -j ACCEPT";
+  test.for([
+    { name: "nothing without a firewall", policy: "ACCEPT", rules: [], want: undefined },
+    { name: "it shuts", policy: "DROP", rules: [OPEN], want: "shuts" },
+    { name: "it opens", policy: "DROP", rules: [DNAT], want: "opens" },
+    { name: "nothing where both are let in", policy: "DROP", rules: [OPEN, DNAT], want: undefined },
+    { name: "it shuts for some", policy: "DROP", rules: [SOME], want: "shuts" },
+    { name: "it opens for some", policy: "DROP", rules: [SOME, DNAT], want: "opens" },
+    {
+      name: "nothing where one rule asks every sender",
+      policy: "ACCEPT",
+      rules: ["-A INPUT -s 10.0.0.0/8 -j DROP"],
+      want: undefined,
+    },
+    {
+      name: "one rule asks, and what it leads to is turned round",
+      policy: "DROP",
+      rules: ["-A INPUT -s 10.0.0.0/8 -g X", DNAT, "-A X -p tcp -m tcp --dport 9000 -j ACCEPT"],
+      want: "opens or shuts",
+    },
+    {
+      name: "two rules that nobody can compare",
+      policy: "DROP",
+      rules: [SOME, "-A INPUT -s 10.0.0.0/9 -m conntrack --ctstate DNAT -j ACCEPT"],
+      want: "opens or shuts",
+    },
+  ])("$name", ({ policy, rules, want }) => {
+    const where = place(policy, rules);
+    expect(difference(at("eth0", where), at("eth0", where, "captured"))?.effect).toBe(want);
+  });
+});
