@@ -329,6 +329,13 @@ test("a plan covers another if it writes all of its chains", () => {
   expect([covers(both, both), covers(both, one), covers(one, both)]).toEqual([true, true, false]);
 });
 
+test("a chain that only the guard holds does not cover the one of its name in iptables", () => {
+  const declared = planCapture({ ...WISH, inbound: { kind: "ports", ports: [9080] } }, MACHINE);
+  const all = planCapture({ ...WISH, inbound: { kind: "all", excludePorts: [] } }, MACHINE);
+  expect(renderPlan(all).guard).toContain("chain nat_ISTIO_INBOUND");
+  expect(covers(all, declared)).toBe(false);
+});
+
 describe("a trial whose owner was killed", () => {
   const rendered = () => renderPlan(planCapture(WISH, MACHINE));
 

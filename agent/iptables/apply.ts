@@ -419,11 +419,14 @@ async function layRouting(host: Applies, here: string, plan: CapturePlan): Promi
   return result.stdout.split("\n").filter((line) => line !== "");
 }
 
-/** Does `next` write every chain that `former` wrote? Pure. */
+/** Does `next` write every chain that `former` wrote? What only the guard holds is in no table of iptables. Pure. */
 export function covers(next: CapturePlan, former: CapturePlan): boolean {
   const chains = (plan: CapturePlan): string[] => [
-    ...plan.families.flatMap(({ family, rules }) =>
-      rules.map(({ table, chain }) => `${plan.backend} ${plan.programs[family]} ${family} ${table} ${chain}`),
+    ...plan.families.flatMap((wanted) =>
+      TABLES.flatMap((table) => tableRules(wanted, table)).map(
+        ({ table, chain }) =>
+          `${plan.backend} ${plan.programs[wanted.family]} ${wanted.family} ${table} ${chain}`,
+      ),
     ),
     ...nftTables(plan),
     ...(plan.routeTable === undefined ? [] : [`routing table ${plan.routeTable}`]),

@@ -3,6 +3,7 @@ import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import { auditExitCode } from "../../agent/iptables/audit/finding.ts";
+import { DEFAULT_ROUTE_TABLE } from "../../agent/iptables/plan/wish.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
 import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
@@ -390,6 +391,22 @@ describe("commit-confirm", () => {
     await removeCapture(lab.host, lab.rulesDir);
     expect((await lab.firewall()).filter((line) => /ISTIO|VMMESH|vmmesh/.test(line))).toEqual([]);
   });
+
+  test.for(["REDIRECT", "TPROXY"] as const)(
+    "every port after declared ones by %s: the former inbound chain goes, and clean leaves nothing",
+    async (mode) => {
+      const interception = mode === "TPROXY" ? { mode, routeTable: DEFAULT_ROUTE_TABLE } : { mode };
+      await lab.populate();
+      const before = await lab.firewall();
+      await install({ ...WISH, interception });
+      await install({ ...WISH, interception, inbound: { kind: "all", excludePorts: [] } });
+      expect(await lab.insideShell("iptables-nft-save; ip6tables-nft-save")).not.toContain(
+        "-j ISTIO_INBOUND",
+      );
+      await removeCapture(lab.host, lab.rulesDir);
+      expect(await lab.firewall()).toEqual(before);
+    },
+  );
 
   test("somebody else's istio-iptables is not overwritten", async () => {
     await lab.insideShell(
