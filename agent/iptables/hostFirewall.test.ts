@@ -99,6 +99,19 @@ const CASES: readonly {
     why: "lets nothing in",
   },
   {
+    name: "firewalld, which lets in all that is redirected and of ports what it knows",
+    machine: {
+      chains: FIREWALLD,
+      tables: inFirewalld(
+        { match: { op: "!=", left: { payload: { protocol: "tcp", field: "dport" } }, right: 9080 } },
+        { match: { op: "!=", left: { payload: { protocol: "tcp", field: "dport" } }, right: 15_006 } },
+        { reject: null },
+      ),
+    },
+    ports: [9080],
+    why: "lets nothing in",
+  },
+  {
     name: "firewalld with the port shut",
     machine: { chains: FIREWALLD, tables: inFirewalld(ON_9080, { drop: null }) },
     ports: [9080],

@@ -38,14 +38,15 @@ export async function judgesByPort(
           : `the machine's firewall may judge port ${port} otherwise than a redirected connection: it depends on ${differs.may.join(", ")}`;
     }
     const { answer, because } = redirected(ANY_OTHER);
-    if (answer === "no") return "the machine's firewall lets nothing in that it does not know";
+    if (answer === "no" || admission(place, door, ANY_OTHER, "as it is").answer === "no")
+      return "the machine's firewall lets nothing in that it does not know";
     if (answer === "may")
       return `the machine's firewall may not let in a redirected connection: it depends on ${because.join(", ")}`;
   }
   return undefined;
 }
 
-/** It stands for one that may be declared later: no rule names it. */
+/** It stands for one that may be declared, opened or closed later: no rule names it. */
 const ANY_OTHER = 0;
 
 /** INPUT as it is now, with what its rules can ask. */
