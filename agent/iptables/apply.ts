@@ -583,6 +583,9 @@ async function confirm(
 ): Promise<void> {
   const former = await host.files.readLink(`${rulesDir}/confirmed`);
   const still = await host.files.readLink(`${rulesDir}/trial`);
+  // First: who is killed after the decision would leave what the former generation made to nobody.
+  if (still === generation && former !== undefined && former !== generation)
+    await carryMarks(host.files, `${rulesDir}/${former}`, `${rulesDir}/${generation}`);
   // The rename is the decision: the undo script claims the trial by renaming the same link.
   const kept =
     still === generation &&
@@ -595,10 +598,7 @@ async function confirm(
   await stopTimer(host, unit);
   // What it holds is of the former generation. It does not wait for the target, which a first join starts later.
   if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "restart", UNITS.hold] });
-  if (former !== undefined && former !== generation) {
-    await carryMarks(host.files, `${rulesDir}/${former}`, `${rulesDir}/${generation}`);
-    await host.files.remove(`${rulesDir}/${former}`);
-  }
+  if (former !== undefined && former !== generation) await host.files.remove(`${rulesDir}/${former}`);
 }
 
 /** What the former generation made (tables, the address) is still ours to take back. */
