@@ -29,6 +29,28 @@ export function requireRoot(what: string): void {
   });
 }
 
+/** Number of CAP_NET_ADMIN. @see capability.h */
+const NET_ADMIN = 12n;
+
+/**
+ * For a command that takes rules out: one that the kernel refuses half-way has given up the record before it learns so.
+ *
+ * @throws {VmmeshError} NOT_ROOT, RULES_PRIVILEGE
+ */
+export async function requireNetAdmin({ host }: Context, what: string): Promise<void> {
+  requireRoot(what);
+  const status = await host.files.readText("/proc/self/status");
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
+  if (effective === undefined || ((BigInt(`0x${effective}`) >> NET_ADMIN) & 1n) === 1n) return;
+  throw new VmmeshError(
+    "RULES_PRIVILEGE",
+    `${what} changes the firewall, and root lacks CAP_NET_ADMIN here`,
+    {
+      next: "Run it outside the container or sandbox that withholds the capability (`capsh --print` shows what is left).",
+    },
+  );
+}
+
 /** Who runs our long-running parts here. @throws {VmmeshError} NO_SYSTEMD */
 export async function openServices({
   host,

@@ -24,6 +24,7 @@ import {
   openContext,
   openServices,
   print,
+  requireNetAdmin,
   requireRoot,
   say,
   takeLock,
@@ -97,8 +98,8 @@ function tell(finding: Finding): string {
 }
 
 export async function clean(options: Options): Promise<number> {
-  requireRoot("vmmesh iptables clean");
   const context = openContext(options);
+  await requireNetAdmin(context, "vmmesh iptables clean");
   if (flag(options, "leftovers")) return await cleanLeftovers(options, context);
   if (flag(options, "dry-run"))
     throw new VmmeshError("USAGE", "--dry-run goes with --leftovers", {
@@ -152,8 +153,9 @@ async function cleanLeftovers(options: Options, context: Context): Promise<numbe
 
 /** The same as vmmesh-rules.service does, by hand. */
 export async function repair(options: Options): Promise<number> {
-  requireRoot("vmmesh iptables repair");
-  const { host, paths } = openContext(options);
+  const context = openContext(options);
+  await requireNetAdmin(context, "vmmesh iptables repair");
+  const { host, paths } = context;
   await repairCapture(host, paths, say);
   return 0;
 }

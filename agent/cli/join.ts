@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import { ipFamily, isRoutable, parseCidr } from "../core/net.ts";
+import { ipFamily, isRoutable, whyNotCidr } from "../core/net.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { planFor, policyScope, sendersOf } from "../daemon/capture.ts";
 import { execute } from "../daemon/execute.ts";
@@ -225,11 +225,13 @@ function checkOptions(options: Options): void {
   }
   for (const name of ["include-outbound-cidr", "exclude-outbound-cidr", "mesh-cidr"]) {
     const all = name === "include-outbound-cidr" && list(options, name).join() === "*";
-    const bad = all ? undefined : list(options, name).find((item) => parseCidr(item) === undefined);
-    if (bad !== undefined)
-      throw new VmmeshError("USAGE", `--${name}: \`${bad}\` is not a CIDR`, {
-        next: "Write it like 10.1.0.0/16.",
+    for (const item of all ? [] : list(options, name)) {
+      const why = whyNotCidr(item);
+      if (why === undefined) continue;
+      throw new VmmeshError("USAGE", `--${name}: \`${item}\` ${why}`, {
+        next: "Write it like 10.1.0.0/16 or fd00:1::/64.",
       });
+    }
   }
   list(options, "failure-policy").forEach(parsePolicyRule);
   checkInterfaces(list(options, "exclude-interface"), list(options, "virtual-interface"));

@@ -8,7 +8,7 @@ import {
   openContext,
   openServices,
   print,
-  requireRoot,
+  requireNetAdmin,
   say,
   takeLock,
   untilInterrupted,
@@ -16,8 +16,8 @@ import {
 } from "./context.ts";
 
 export async function leave(options: Options): Promise<number> {
-  requireRoot("vmmesh leave");
   const context = openContext(options);
+  await requireNetAdmin(context, "vmmesh leave");
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
   await leaveMesh(

@@ -2,7 +2,7 @@ import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { backoff } from "./backoff.ts";
 import { describeError, VmmeshError } from "./errors.ts";
-import { ipFamily, isRoutable, parseCidr, parseHostPort } from "./net.ts";
+import { ipFamily, isRoutable, parseCidr, parseHostPort, whyNotCidr } from "./net.ts";
 import { Latest } from "./signals.ts";
 import { inSlices } from "./slices.ts";
 import { formatSpiffe, parseSpiffe } from "./spiffe.ts";
@@ -10,6 +10,18 @@ import { supervise } from "./supervise.ts";
 import { formatDuration, parseDuration } from "./time.ts";
 
 describe("errors", () => {
+  test.for([
+    ["EROFS", "read-only"],
+    ["ENOSPC", "full"],
+  ] as const)("a file that cannot be written (%s) is the machine's fault, with its path", ([code, says]) => {
+    const thrown = Object.assign(new Error(`${code}: no`), { code, path: "/var/lib/vmmesh-host/x" });
+    expect(VmmeshError.from(thrown)).toMatchObject({
+      code: "STATE_UNWRITABLE",
+      message: expect.stringMatching(new RegExp(`^/var/lib/vmmesh-host/x cannot be written: .*${says}`)),
+      cause: thrown,
+    });
+  });
+
   test("name the thing, the reason and the next step, each once", () => {
     const error = new VmmeshError("RULES_REJECTED", "the kernel refused rule `-A NOPE` (line 2)", {
       cause: new Error("iptables-restore: line 2 failed"),
@@ -204,4 +216,15 @@ test("work in slices lets others have their turn, and gives its result or its er
   expect(await inSlices(work(false), clock)).toBe("done");
   expect(turns).toBe(4);
   await expect(inSlices(work(true), clock)).rejects.toThrow("malformed");
+});
+
+test.for([
+  ["10.0.0.0/8", undefined],
+  ["::/0", undefined],
+  ["::ffff:0:0/95", undefined],
+  ["10.0.0.0/33", "is not an IP prefix"],
+  ["::ffff:10.96.0.0/108", "is IPv4 in IPv6's notation, which no packet carries: write it as 10.96.0.0/12"],
+  ["::FFFF:a00:1", "is IPv4 in IPv6's notation, which no packet carries: write it as 10.0.0.1/32"],
+] as const)("why %s is no network: %s", ([text, why]) => {
+  expect(whyNotCidr(text)).toBe(why);
 });

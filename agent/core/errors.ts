@@ -21,6 +21,7 @@ export const ERROR_CODES = {
   COMMAND_MISSING: 3,
   NO_ADDRESS: 3,
   STATE_UNREADABLE: 3,
+  STATE_UNWRITABLE: 3,
   UNIT_FAILED: 3,
   // 4: the mesh refuses or cannot be reached
   ISTIOD_UNREACHABLE: 4,
@@ -79,11 +80,32 @@ export class VmmeshError extends Error {
   /** Anything thrown, as one of ours: an unknown error becomes INTERNAL and keeps its cause. */
   static from(thrown: unknown): VmmeshError {
     if (thrown instanceof VmmeshError) return thrown;
+    const unwritable = unwritableFile(thrown);
+    if (unwritable !== undefined) return unwritable;
     return new VmmeshError("INTERNAL", messageOf(thrown), {
       cause: thrown,
       next: "This is a fault in vmmesh: run the command again with --log-level debug and report its output.",
     });
   }
+}
+
+/** What a machine, not vmmesh, is to blame for, by errno(3). */
+const UNWRITABLE: Readonly<Record<string, string>> = {
+  EROFS: "its file system is read-only",
+  ENOSPC: "its file system is full",
+  EDQUOT: "the quota of its file system is used up",
+  EIO: "its disk answers with an error",
+};
+
+function unwritableFile(thrown: unknown): VmmeshError | undefined {
+  const { code = "", path } = thrown instanceof Error ? (thrown as NodeJS.ErrnoException) : {};
+  const why = UNWRITABLE[code];
+  if (why === undefined) return undefined;
+  const what = path ?? "a file";
+  return new VmmeshError("STATE_UNWRITABLE", `${what} cannot be written: ${why}`, {
+    cause: thrown,
+    next: `Look at \`findmnt -T ${path ?? "/var/lib"}\` and \`df\`, mend it, and run the same command again.`,
+  });
 }
 
 /** The sentence in anything thrown, without a stack. */

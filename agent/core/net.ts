@@ -59,6 +59,17 @@ export function parseCidr(text: string): Cidr | undefined {
   return { family, address, bits: Number(bitsText) };
 }
 
+/** Why no packet can be of this network, as the end of "`10.0.0.0/33` …"; undefined: it is one as `parseCidr` takes it. */
+export function whyNotCidr(text: string): string | undefined {
+  const cidr = parseCidr(text);
+  if (cidr === undefined) return "is not an IP prefix";
+  const bytes = cidr.family === 6 && cidr.bits >= 96 ? ipv6Bytes(cidr.address) : undefined;
+  // ::ffff:0:0/96 is how sockets name IPv4 (RFC 4291, 2.5.5.2): what they send is IPv4.
+  if (bytes === undefined || !bytes.every((byte, at) => at >= 12 || byte === (at < 10 ? 0 : 0xff)))
+    return undefined;
+  return `is IPv4 in IPv6's notation, which no packet carries: write it as ${bytes.slice(12).join(".")}/${cidr.bits - 96}`;
+}
+
 /** Is every address of `inner` one of `outer`? Host bits do not count. */
 export function coversCidr(outer: Cidr, inner: Cidr): boolean {
   if (outer.family !== inner.family || outer.bits > inner.bits) return false;

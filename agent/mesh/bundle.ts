@@ -1,6 +1,6 @@
 import { gunzipSync } from "node:zlib";
 import { VmmeshError } from "../core/errors.ts";
-import { ipFamily, parseCidr } from "../core/net.ts";
+import { ipFamily, whyNotCidr } from "../core/net.ts";
 import type { Files } from "../platform/host.ts";
 import { parseEnv, renderEnv, sieveMeshEnv } from "./env.ts";
 import { isTar, untar } from "./tar.ts";
@@ -166,8 +166,10 @@ function extraOf(fields: Readonly<Record<string, unknown>>, where: string): Extr
     return value;
   };
   const meshCidrs = texts(fields["meshCidrs"], "meshCidrs");
-  const wrong = meshCidrs.find((cidr) => parseCidr(cidr) === undefined);
-  if (wrong !== undefined) throw malformed(where, `\`${wrong}\` in \`meshCidrs\` is not an IP prefix`);
+  for (const cidr of meshCidrs) {
+    const why = whyNotCidr(cidr);
+    if (why !== undefined) throw malformed(where, `\`${cidr}\` in \`meshCidrs\` ${why}`);
+  }
   const hosts = new Map<string, string[]>();
   for (const [name, addresses] of Object.entries(fieldsOf(fields["hosts"]))) {
     hosts.set(name, texts(addresses, `hosts.${name}`));

@@ -1,5 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
-import { ipFamily, isRoutable, parseCidr, parseHostPort } from "../core/net.ts";
+import { ipFamily, isRoutable, parseHostPort, whyNotCidr } from "../core/net.ts";
 import { PORTS } from "../core/paths.ts";
 import { DAY_MS, MINUTE_MS, parseDuration } from "../core/time.ts";
 import type { Net } from "../platform/host.ts";
@@ -257,9 +257,10 @@ class Env {
 
   cidrs(key: string): string[] {
     const list = items(this.get(key));
-    const wrong = list.find((item) => parseCidr(item) === undefined);
-    if (wrong !== undefined)
-      throw malformed(key, this.file(key), `names \`${wrong}\`, which is not an IP prefix`);
+    for (const item of list) {
+      const why = whyNotCidr(item);
+      if (why !== undefined) throw malformed(key, this.file(key), `names \`${item}\`, which ${why}`);
+    }
     return list;
   }
 }
