@@ -508,6 +508,12 @@ export const COMMANDS: readonly CommandSpec[] = [
         default: 30,
         describe: "time until they go out again",
       },
+      {
+        name: "if-resolvers-changed",
+        type: "boolean",
+        describe:
+          "only if /etc/resolv.conf names other servers than the rules in force (what vmmesh-resolvers.service runs when DHCP writes it)",
+      },
       OUTPUT,
     ],
     examples: [["vmmesh iptables apply", "after a change in /etc/vmmesh/sidecar.env"]],

@@ -4,6 +4,7 @@ import { planFor } from "../daemon/capture.ts";
 import { writeCaptureState } from "../daemon/captureState.ts";
 import { joinMachine } from "../daemon/joinMachine.ts";
 import { repairCapture } from "../daemon/repair.ts";
+import { resolversChanged } from "../daemon/resolvers.ts";
 import { readWorkload } from "../daemon/workloadFiles.ts";
 import { readState, removeCapture } from "../iptables/apply.ts";
 import { auditCapture } from "../iptables/audit/audit.ts";
@@ -56,11 +57,21 @@ export async function apply(options: Options): Promise<number> {
   const context = openContext(options);
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
+  const changed = (): Promise<boolean> => resolversChanged(context.host, context.paths.rules);
+  const asked = flag(options, "if-resolvers-changed");
+  if (asked && !(await changed())) {
+    print(wantsJson(options) ? { applied: false } : "the rules capture what resolv.conf names");
+    return 0;
+  }
   const machine = joinMachine(context.host, context.paths, owners, services, say);
-  const { appliedInMs } = await machine.installRules(
-    number(options, "confirm-within") * SECOND_MS,
-    untilInterrupted(),
-  );
+  let appliedInMs = 0;
+  // systemd does not tell of a change to the file while the service runs.
+  do {
+    ({ appliedInMs } = await machine.installRules(
+      number(options, "confirm-within") * SECOND_MS,
+      untilInterrupted(),
+    ));
+  } while (asked && (await changed()));
   print(wantsJson(options) ? { applied: true, appliedInMs } : "applied and confirmed");
   return 0;
 }

@@ -100,6 +100,9 @@ export const PORTS = {
  */
 export const AGENT_GRPC = { cluster: "xds-grpc", authority: "vmmesh.local" } as const;
 
+/** @see resolv.conf(5) */
+export const RESOLV_CONF = "/etc/resolv.conf";
+
 /**
  * What the audit's probe connects to: addresses of the documentation networks (RFC 5737, RFC 3849), which nobody routes.
  * They are captured like a service of the mesh, so that only Envoy can answer there.

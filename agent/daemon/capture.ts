@@ -1,6 +1,6 @@
 import { bracketed } from "../core/net.ts";
-import { PROBE_ADDRESS } from "../core/paths.ts";
-import { parseResolvConf } from "../dns/resolvConf.ts";
+import { PROBE_ADDRESS, RESOLV_CONF } from "../core/paths.ts";
+import { capturedServers } from "../dns/resolvConf.ts";
 import type { CaptureWish, Senders } from "../iptables/plan/wish.ts";
 import { type CapturePlan, planCapture } from "../iptables/plan.ts";
 import { parsePolicyRule } from "../iptables/policy.ts";
@@ -10,8 +10,6 @@ import type { Host } from "../platform/host.ts";
 import { unitPlace } from "../platform/units.ts";
 import { idOf, type Owners } from "../platform/users.ts";
 import { istiodTarget } from "./workloadFiles.ts";
-
-const RESOLV_CONF = "/etc/resolv.conf";
 
 /**
  * What is captured, and how it fails: the part of the wish that needs no user and no resolver.
@@ -80,7 +78,7 @@ export async function sendersOf(
 /** What is to be captured on this machine for this workload. */
 export async function captureWish(host: Host, workload: Workload, owners: Owners): Promise<CaptureWish> {
   const target = await istiodTarget(host, workload, "");
-  const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
+  const servers = capturedServers((await host.files.readText(RESOLV_CONF)) ?? "");
   return {
     ...policyScope(workload, host.net),
     senders: await sendersOf(host, workload),

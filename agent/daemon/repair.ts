@@ -2,8 +2,11 @@ import { messageOf } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
 import { type Applies, loadConfirmed } from "../iptables/apply.ts";
 import { readFenceCounts } from "../iptables/counts.ts";
+import { tryRun } from "../iptables/read.ts";
 import type { Host } from "../platform/host.ts";
+import { UNITS } from "../platform/services.ts";
 import { readCaptureState, writeCaptureState } from "./captureState.ts";
+import { resolversChanged } from "./resolvers.ts";
 
 /**
  * Puts the confirmed rules right and says what was mended. Takes no word from anybody. What it does on every run is little
@@ -18,6 +21,9 @@ export async function repairCapture(
 ): Promise<void> {
   const report = await loadConfirmed(host, paths.rules);
   if (report.state === "nothing confirmed") return;
+  // systemd's path unit watches the file behind a link, and does not see another put in the place of the link.
+  if (report.state !== "trial running" && (await resolversChanged(host, paths.rules)))
+    await tryRun(host, { argv: ["systemctl", "start", "--no-block", UNITS.resolvers] });
   const state = await readCaptureState(host.files, paths);
   for (const line of report.repaired) say(`repaired: ${line}`);
   const counts = await readFenceCounts(host);

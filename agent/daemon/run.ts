@@ -1,6 +1,6 @@
 import { uniformFrom } from "../core/backoff.ts";
 import { messageOf, type VmmeshError } from "../core/errors.ts";
-import { type Paths, PORTS } from "../core/paths.ts";
+import { type Paths, PORTS, RESOLV_CONF } from "../core/paths.ts";
 import { aborted, Latest } from "../core/signals.ts";
 import { inSlices } from "../core/slices.ts";
 import { supervise } from "../core/supervise.ts";
@@ -40,7 +40,6 @@ import { metricsPair } from "./metricsTls.ts";
 import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
-const RESOLV_CONF = "/etc/resolv.conf";
 /** How often Envoy is asked whether it is ready: often while it is not, so that a start is not a poll longer than it is. */
 const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
 /** What a machine is without when its Envoy lacks one of Istio's own extensions (ch. 10 of the VM protocol). */

@@ -33,6 +33,11 @@ export function readResolvConf(text: string): ResolvConf {
   return { servers, search };
 }
 
+/** Addresses whose port 53 is captured: a rule knows no zone, `fe80::1%eth0` is `fe80::1` to it. */
+export function capturedServers(text: string): string[] {
+  return [...new Set(parseResolvConf(text).servers.map(withoutZone))];
+}
+
 function withoutZone(address: string): string {
   return address.split("%")[0] ?? "";
 }

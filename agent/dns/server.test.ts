@@ -6,7 +6,7 @@ import { Latest } from "../core/signals.ts";
 import type { Datagrams, Host } from "../platform/host.ts";
 import { linuxHost } from "../platform/linux.ts";
 import { LEASE_NAME, TYPE } from "./answer.ts";
-import { parseResolvConf } from "./resolvConf.ts";
+import { capturedServers, parseResolvConf } from "./resolvConf.ts";
 import { leaseBeat, type QueryEvent, serveDns } from "./server.ts";
 import { buildTable, type DnsTable } from "./table.ts";
 import { Upstreams } from "./upstream.ts";
@@ -337,4 +337,10 @@ describe("parseResolvConf", () => {
   ])("$name", ({ text, want }) => {
     expect(parseResolvConf(text)).toEqual(want);
   });
+});
+
+test("what is captured: each address once and without its zone, the local resolver where none is named", () => {
+  const text = "nameserver fe80::1%eth0\nnameserver fe80::1%eth1\nnameserver 192.0.2.1\n";
+  expect(capturedServers(text)).toEqual(["fe80::1", "192.0.2.1"]);
+  expect(capturedServers("search lab.test\n")).toEqual(["127.0.0.1"]);
 });

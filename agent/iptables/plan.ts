@@ -43,6 +43,8 @@ export interface CapturePlan {
   readonly agentUid: number;
   readonly inboundPorts: readonly number[] | "all";
   readonly sshPorts: readonly number[];
+  /** Whose port 53 is captured; undefined: nobody's. */
+  readonly resolvers?: readonly string[];
   /** The rules carry no reasons; what is ours is known by the record alone. */
   readonly comments?: false;
   /** Systemd units by which capture chooses; undefined: by none. */
@@ -118,6 +120,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
     backend: units === undefined ? machine.backend : undefined,
     backendWhy: units === undefined ? machine.backendWhy : "units are chosen",
     ...(units === undefined ? {} : { units }),
+    ...(wish.dns === undefined ? {} : { resolvers: wish.dns.servers }),
     ...(wish.ruleComments === false ? { comments: false as const } : {}),
     programs: machine.programs,
     families: families.map((family) => ({

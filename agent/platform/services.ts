@@ -8,6 +8,7 @@ export const UNITS = {
   envoy: "vmmesh-envoy.service",
   envoyLog: "vmmesh-envoy-log.socket",
   repair: "vmmesh-rules.path",
+  resolvers: "vmmesh-resolvers.service",
   monitor: "vmmesh-nftmon.service",
   mendRun: "vmmesh-order.service",
   repairRun: "vmmesh-rules.service",

@@ -81,6 +81,7 @@ const EXPOSURE: Readonly<Record<string, number>> = {
   "vmmesh-hold": 2.1,
   "vmmesh-nftmon": 1.6,
   "vmmesh-order": 5.9,
+  "vmmesh-resolvers": 7.9,
   "vmmesh-rules": 5.6,
 };
 

@@ -111,6 +111,38 @@ describe("two machines join a real mesh", () => {
     });
   });
 
+  test("DHCP writes resolv.conf anew: the rules follow, also behind a link; a lease that ends changes nothing", async () => {
+    const captured = async (): Promise<string> => (await details.exec("iptables-save -t nat")).stdout;
+    const follow = async (server: string, write: string): Promise<void> => {
+      await details.exec(`(cat /root/resolv.conf; echo nameserver ${server}) > /run/new.conf; ${write}`);
+      await waitFor(
+        `rules for ${server}`,
+        async () => ((await captured()).includes(`-d ${server}/32`) ? true : undefined),
+        10_000,
+      );
+    };
+    await details.exec("cp -L /etc/resolv.conf /root/resolv.conf; mkdir /run/dhcp");
+    await follow("198.51.100.51", "cp /run/new.conf /etc/new.conf; mv /etc/new.conf /etc/resolv.conf");
+    await follow("198.51.100.52", "cat /run/new.conf > /etc/resolv.conf");
+    await follow(
+      "198.51.100.53",
+      "mv /run/new.conf /run/dhcp/resolv.conf; ln -s /run/dhcp/resolv.conf /etc/new.conf; mv -T /etc/new.conf /etc/resolv.conf",
+    );
+    await follow("198.51.100.54", "mv /run/new.conf /run/dhcp/resolv.conf");
+    await details.exec("echo search lab.test > /run/dhcp/resolv.conf; systemctl start vmmesh-resolvers");
+    expect(await captured()).toContain("-d 198.51.100.54/32");
+    await details.exec("cp /root/resolv.conf /etc/new.conf; mv -T /etc/new.conf /etc/resolv.conf");
+    // A file in the place of a link is seen by the timer only.
+    await waitFor(
+      "the former rules",
+      async () => ((await captured()).includes("198.51.100.") ? undefined : true),
+      40_000,
+    );
+    const { stdout } = await details.exec("vmmesh iptables audit --output json", { allowFail: true });
+    expect(stdout).toContain('"findings"');
+    expect(stdout).not.toContain("FW047");
+  });
+
   test("a request by name arrives with the client's identity, in both directions", async () => {
     const there = await arrivesAs(reviews, "http://details.default.svc.cluster.local/", spiffe("reviews"));
     expect(there.server).toBe("details");
