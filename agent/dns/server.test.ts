@@ -288,6 +288,33 @@ describe("serveDns", () => {
     }
   });
 
+  test("TCP: the 129th connection is closed, the others and UDP are answered, and its place is given anew", async () => {
+    const dns = await start("nameserver 127.0.0.1\n", 9);
+    const open = async () => {
+      const socket = await machine.net.connectTcp("127.0.0.1", dns.port, { timeoutMs: 1000 });
+      cleanUp.defer(() => {
+        socket.destroy();
+      });
+      return socket.on("error", () => undefined);
+    };
+    const ask = async (): Promise<"answered" | "closed"> => {
+      const socket = await open();
+      const heard = new Promise<"answered" | "closed">((resolve) => {
+        socket.once("data", () => resolve("answered")).once("close", () => resolve("closed"));
+      });
+      socket.write(frame(writeQuery(9, LEASE_NAME, TYPE.A)));
+      const how = await heard;
+      socket.destroy();
+      return how;
+    };
+    const sockets = [];
+    for (let count = 0; count < 128; count += 1) sockets.push(await open());
+    expect(await ask()).toBe("closed");
+    expect(decode(await askUdp(dns.port, writeQuery(9, LEASE_NAME, TYPE.A)))).toMatchObject({ id: 9 });
+    sockets[0]?.destroy();
+    await expect.poll(ask).toBe("answered");
+  });
+
   test("the lease is answered without table and without resolvers", async () => {
     const dns = await start("nameserver 127.0.0.1\n", 9);
     expect(decode(await askUdp(dns.port, writeQuery(9, LEASE_NAME, TYPE.A)))).toMatchObject({

@@ -168,3 +168,8 @@ describe("the other questions", () => {
     });
   });
 });
+
+test("an answer of more than 16 MiB is not kept", async () => {
+  const envoy = admin({ "/server_info": "x".repeat(16 * 1024 * 1024 + 1) });
+  await expect(envoy.version()).rejects.toThrow("more than 16777216 bytes");
+});

@@ -8,6 +8,9 @@ import { type EnvoyVersion, parseEnvoyVersion } from "./version.ts";
 /** How long Envoy may take for an answer. Its admin runs on the main thread, which a large update can hold for seconds. */
 const TIMEOUT_MS = 5_000;
 
+/** Statistics that were asked for by name and one dump without its resources: what is more is not an answer to us. */
+const MAX_TEXT_BYTES = 16 * 1024 * 1024;
+
 export type EnvoyReadiness = { readonly ready: true } | { readonly ready: false; readonly reason: string };
 
 /** A resource that Envoy refused; its older version, if there was one, stays in force. */
@@ -153,7 +156,12 @@ export class EnvoyAdmin {
     accepted?: readonly number[],
   ): Promise<string> {
     const chunks: Buffer[] = [];
-    for await (const chunk of await this.#open(method, path, signal, accepted)) chunks.push(chunk as Buffer);
+    let size = 0;
+    for await (const chunk of (await this.#open(method, path, signal, accepted)) as AsyncIterable<Buffer>) {
+      size += chunk.length;
+      if (size > MAX_TEXT_BYTES) throw refusal(path, `more than ${MAX_TEXT_BYTES} bytes`);
+      chunks.push(chunk);
+    }
     return Buffer.concat(chunks).toString("utf8");
   }
 

@@ -18,10 +18,19 @@ export interface Svid {
   readonly spiffe: string;
 }
 
-const PEM = /-----BEGIN CERTIFICATE-----[\s\S]+?-----END CERTIFICATE-----/g;
+const BEGIN = "-----BEGIN CERTIFICATE-----";
+const END = "-----END CERTIFICATE-----";
 
+/** The certificates in a text, each from its first line to its last. Not by a regular expression: a thousand beginnings without an end would each be followed to the end of the text. */
 export function splitPem(text: string): string[] {
-  return text.match(PEM) ?? [];
+  const found: string[] = [];
+  for (let from = text.indexOf(BEGIN); from >= 0; ) {
+    const end = text.indexOf(END, from + BEGIN.length);
+    if (end < 0) break;
+    found.push(text.slice(from, end + END.length));
+    from = text.indexOf(BEGIN, end + END.length);
+  }
+  return found;
 }
 
 /**

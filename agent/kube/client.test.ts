@@ -5,7 +5,7 @@ import { type AddressInfo, connect, createServer, type Server } from "node:net";
 import * as x509 from "@peculiar/x509";
 import { describe, expect, test } from "vitest";
 import { FakeKube } from "../../test/fakes/kube-api.ts";
-import { describeError, VmmeshError } from "../core/errors.ts";
+import { causesOf, describeError, VmmeshError } from "../core/errors.ts";
 import { KubeClient, type KubeObject } from "./client.ts";
 import type { KubeAccess } from "./kubeconfig.ts";
 
@@ -203,6 +203,13 @@ describe("an API server that cannot be used, in words:", () => {
       client.get(REF),
     );
     expect(error.message).toMatch(/its name has no address|resolver does not answer/);
+  });
+
+  test("it answers more than 64 MiB", async () => {
+    await using server = await answering(200, { filler: "x".repeat(64 * 1024 * 1024) });
+    const error = await failure({ ...ACCESS, server: server.url }, (client) => client.get(REF));
+    expect(error.code).toBe("KUBE_UNREACHABLE");
+    expect(causesOf(error)).toContain("its answer is longer than 67108864 bytes");
   });
 
   test("it hangs up", async () => {

@@ -86,6 +86,8 @@ const METHODS: Readonly<Record<Verb, Dispatcher.HttpMethod>> = {
 };
 const CONNECT_TIMEOUT_MS = 10_000;
 const ANSWER_TIMEOUT_MS = 30_000;
+/** The longest list that a join asks for is a cluster's nodes or services; one object of Kubernetes is below 2 MiB. */
+const MAX_ANSWER_BYTES = 64 * 1024 * 1024;
 const FIELD_MANAGER = "vmmesh";
 
 /** The API server grants no less. */
@@ -234,11 +236,23 @@ export class KubeClient implements AsyncDisposable {
         },
         ...(call.body === undefined ? {} : { body: JSON.stringify(call.body) }),
       });
-      return { status: response.statusCode, ...parsedBody(await response.body.text()) };
+      return { status: response.statusCode, ...parsedBody(await textIn(response.body)) };
     } catch (cause) {
       throw whyUnreachable(cause, this.#access);
     }
   }
+}
+
+/** @throws {Error} and closes the connection if there is more than may be */
+async function textIn(body: AsyncIterable<Buffer>): Promise<string> {
+  const chunks: Buffer[] = [];
+  let size = 0;
+  for await (const chunk of body) {
+    size += chunk.length;
+    if (size > MAX_ANSWER_BYTES) throw new Error(`its answer is longer than ${MAX_ANSWER_BYTES} bytes`);
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks).toString();
 }
 
 interface Answer {

@@ -188,6 +188,11 @@ describe("a malformed bundle is refused by file, line and next step:", () => {
       data: "format: vmmesh-bundle\nversion: 2\n",
       want: "has format 2, this vmmesh reads 1",
     },
+    {
+      name: "a version that is no text",
+      data: "format: vmmesh-bundle\nversion: {toString: 1}\n",
+      want: 'has format {"toString":1}',
+    },
     { name: "no environment", data: "format: vmmesh-bundle\nversion: 1\n", want: "no map `clusterEnv`" },
   ])("$name", async ({ data, want }) => {
     const error = await failure(readBundle(await fileOf(data), "/x/bundle"));

@@ -117,7 +117,8 @@ export function renderMeshConfig(proxyConfig: ProxyConfig): string {
 }
 
 function checkedRoots(text: string, where: string): string {
-  if (!/-----BEGIN CERTIFICATE-----[\s\S]+-----END CERTIFICATE-----/.test(text)) {
+  const begin = text.indexOf("-----BEGIN CERTIFICATE-----");
+  if (begin < 0 || text.indexOf("-----END CERTIFICATE-----", begin) < 0) {
     throw malformed(`${where}, line 1`, "there is no PEM certificate in it");
   }
   return text;
@@ -181,7 +182,7 @@ function checkVersion(version: unknown, where: string): void {
   if (version !== VERSION) {
     throw malformed(
       where,
-      `has format ${String(version)}, this vmmesh reads ${VERSION}`,
+      `has format ${JSON.stringify(version)}, this vmmesh reads ${VERSION}`,
       undefined,
       "Use the vmmesh version that made the bundle, or a newer one.",
     );

@@ -1,11 +1,13 @@
 import { once } from "node:events";
+import { connect as connectHttp2, type IncomingHttpHeaders } from "node:http2";
 import { type AddressInfo, createServer, type Server, type Socket } from "node:net";
+import { type Duplex, duplexPair } from "node:stream";
 import { setTimeout } from "node:timers/promises";
 import { Metadata, status } from "@grpc/grpc-js";
 import { afterEach, describe, expect, test } from "vitest";
 import { Authority } from "../../test/controlplane/authority.ts";
 import { SERVER_NAME, startIstiod } from "../../test/fakes/istiod.ts";
-import { type GrpcTarget, grpcError, openStream, type ServedStream, unary } from "./grpc.ts";
+import { type GrpcTarget, grpcError, openStream, type ServedStream, serveStreams, unary } from "./grpc.ts";
 
 const ECHO = "/test.Echo/Say";
 const NEVER = new AbortController().signal;
@@ -21,11 +23,23 @@ function targetOf(port: number, rootCert: string, more: Partial<GrpcTarget> = {}
 }
 
 describe("a call over TLS", () => {
-  test("bytes go and come as they are, also above the 4 MiB of gRPC's default limit", async () => {
+  test("a message of a stream may exceed gRPC's default of 4 MiB", async () => {
     await using istiod = await startIstiod({ [ECHO]: echo });
     const big = Buffer.alloc(6 * 1024 * 1024, 7);
-    const answer = await unary(targetOf(istiod.port, istiod.authority.rootPem), ECHO, big, 10_000, NEVER);
-    expect(Buffer.compare(answer, big)).toBe(0);
+    const seen: Uint8Array[] = [];
+    const stream = openStream(targetOf(istiod.port, istiod.authority.rootPem), ECHO, (it) => seen.push(it));
+    stream.send(big);
+    await stream.done;
+    expect(seen.map((message) => Buffer.compare(message, big))).toEqual([0]);
+  });
+
+  test("one answer of more than 1 MiB is refused, and why is said", async () => {
+    await using istiod = await startIstiod({ [ECHO]: echo });
+    const big = Buffer.alloc(1024 * 1024 + 1);
+    const target = targetOf(istiod.port, istiod.authority.rootPem);
+    await expect(unary(target, ECHO, big, 10_000, NEVER)).rejects.toThrow(
+      /RESOURCE_EXHAUSTED.*larger than max/,
+    );
   });
 
   test("an abort ends it, also one that came before", async () => {
@@ -169,5 +183,54 @@ describe("the operator's shell has a proxy", () => {
     const target = targetOf(istiod.port, istiod.authority.rootPem);
     expect(Buffer.from(await unary(target, ECHO, Buffer.from("x"), 5000, NEVER)).toString()).toBe("x");
     expect(asked).toBe(0);
+  });
+});
+
+describe("a served socket", () => {
+  test("a message that claims to be longer than 64 MiB ends its stream before it is sent", async () => {
+    const seen: number[] = [];
+    const server = serveStreams({ [ECHO]: (stream) => stream.onMessage((it) => seen.push(it.length)) });
+    const [ours, theirs] = duplexPair();
+    server.accept(theirs);
+    const session = connectHttp2("http://localhost", { createConnection: () => ours });
+    const stream = session.request({
+      ":method": "POST",
+      ":path": ECHO,
+      "content-type": "application/grpc",
+      te: "trailers",
+    });
+    const said = new Promise<string>((resolve) => {
+      const note = (headers: IncomingHttpHeaders): void => {
+        if (headers["grpc-status"] !== undefined) resolve(String(headers["grpc-status"]));
+      };
+      stream
+        .on("response", note)
+        .on("trailers", note)
+        .on("error", () => undefined);
+    });
+    const head = Buffer.alloc(5);
+    head.writeUInt32BE(64 * 1024 * 1024 + 1, 1);
+    stream.write(head);
+    expect(await said).toBe(String(status.RESOURCE_EXHAUSTED));
+    expect(seen).toEqual([]);
+    session.destroy();
+    server.close();
+  });
+
+  test("the 1025th connection is closed; when one has gone there is room again", async () => {
+    const server = serveStreams({ [ECHO]: () => undefined });
+    const open = (): Duplex => {
+      const [ours, theirs] = duplexPair();
+      ours.on("error", () => undefined).resume();
+      server.accept(theirs);
+      return theirs;
+    };
+    const first = open();
+    for (let count = 1; count < 1024; count += 1) open();
+    expect(open().destroyed).toBe(true);
+    first.destroy();
+    await once(first, "close");
+    expect(open().destroyed).toBe(false);
+    server.close();
   });
 });

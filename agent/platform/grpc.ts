@@ -29,9 +29,21 @@ export interface GrpcTarget {
 
 const bytes = (message: Uint8Array): Buffer =>
   Buffer.from(message.buffer, message.byteOffset, message.byteLength);
+/** A certificate chain with its roots, the CA's one answer, is some KiB. */
+const MAX_UNARY_BYTES = 1024 * 1024;
+/**
+ * One push of a big mesh is far beyond gRPC's default of 4 MiB; but what claims more than this is not one, and its sender
+ * is not to decide how much memory the agent takes.
+ */
+const MAX_STREAM_BYTES = 512 * 1024 * 1024;
+/** Envoy names what it has when it connects again: 100,000 names with their versions are some 10 MiB. */
+const MAX_SERVED_BYTES = 64 * 1024 * 1024;
+/** Each worker thread of Envoy has a connection of its own for the access log, and one Envoy may leave while the next comes. */
+const MAX_SERVED_CONNECTIONS = 1024;
+
 const same = (message: Buffer): Buffer => message;
 
-function clientOf(target: GrpcTarget): Client {
+function clientOf(target: GrpcTarget, maxBytes: number): Client {
   const host = target.address.includes(":")
     ? `ipv6:[${target.address}]:${target.port}`
     : `ipv4:${target.address}:${target.port}`;
@@ -43,8 +55,7 @@ function clientOf(target: GrpcTarget): Client {
   return new Client(host, tls, {
     "grpc.ssl_target_name_override": target.serverName,
     "grpc.default_authority": target.serverName,
-    // A full push of a big mesh exceeds the default of 4 MiB.
-    "grpc.max_receive_message_length": -1,
+    "grpc.max_receive_message_length": maxBytes,
     "grpc.max_send_message_length": -1,
     // As Istio's own agent keeps the connection alive (GRPC_KEEPALIVE_INTERVAL, _TIMEOUT).
     "grpc.keepalive_time_ms": 30_000,
@@ -76,7 +87,7 @@ export function unary(
 ): Promise<Uint8Array> {
   // An abort that came before would never reach the listener below.
   if (signal.aborted) return Promise.reject(signal.reason);
-  const client = clientOf(target);
+  const client = clientOf(target, MAX_UNARY_BYTES);
   const scope = new AbortController();
   return new Promise<Uint8Array>((resolve, reject) => {
     const call = client.makeUnaryRequest(
@@ -125,7 +136,7 @@ export function openStream(
   onMessage: (message: Uint8Array) => void,
   connectMs: number = CONNECT_MS,
 ): ByteStream {
-  const client = clientOf(target);
+  const client = clientOf(target, MAX_STREAM_BYTES);
   const call: ClientDuplexStream<Uint8Array, Buffer> = client.makeBidiStreamRequest(
     path,
     bytes,
@@ -240,7 +251,7 @@ export interface ServedStream {
 }
 
 export interface GrpcServer {
-  /** Hand it each accepted connection. */
+  /** Hand it each accepted connection; further ones than 1024 at once are closed. */
   accept(socket: Duplex): void;
   close(): void;
 }
@@ -248,7 +259,7 @@ export interface GrpcServer {
 /** Serves bidirectional streams on connections that the seam accepted. `handlers`: method path → what to do with a stream. */
 export function serveStreams(handlers: Readonly<Record<string, (stream: ServedStream) => void>>): GrpcServer {
   const server = new Server({
-    "grpc.max_receive_message_length": -1,
+    "grpc.max_receive_message_length": MAX_SERVED_BYTES,
     "grpc.max_send_message_length": -1,
     "grpc.max_concurrent_streams": 1024,
   });
@@ -281,8 +292,19 @@ export function serveStreams(handlers: Readonly<Record<string, (stream: ServedSt
     server.addService(definition, implementation);
   }
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
+  let connections = 0;
   return {
-    accept: (socket) => injector.injectConnection(socket),
+    accept: (socket) => {
+      if (connections >= MAX_SERVED_CONNECTIONS) {
+        socket.on("error", () => undefined).destroy();
+        return;
+      }
+      connections += 1;
+      socket.once("close", () => {
+        connections -= 1;
+      });
+      injector.injectConnection(socket);
+    },
     close: () => {
       injector.destroy();
       server.forceShutdown();

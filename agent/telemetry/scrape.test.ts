@@ -192,6 +192,48 @@ describe("what the network may ask", () => {
     socket.write(`${line}\r\n\r\n`);
     expect(Number((await head).split(" ")[1])).toBe(want);
   });
+  test("of 65 connections at once the last is closed, and a later one is served", async () => {
+    const { port } = await start();
+    const open = () => machine.net.connectTcp("127.0.0.1", port, { timeoutMs: 1000 });
+    const sockets: Duplex[] = [];
+    for (let count = 0; count < 64; count += 1) sockets.push((await open()).on("error", () => undefined));
+    cleanUp.defer(() => {
+      for (const socket of sockets) socket.destroy();
+    });
+    const ready = async (): Promise<string | undefined> => {
+      const socket = (await open()).on("error", () => undefined);
+      const text = new Promise<string | undefined>((resolve) => {
+        socket.once("data", (chunk: Buffer) => resolve(chunk.toString()));
+        socket.once("close", () => resolve(undefined));
+      });
+      socket.write("GET /healthz/ready HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+      return text;
+    };
+    expect(await ready()).toBeUndefined();
+    sockets.shift()?.destroy();
+    await expect.poll(ready).toMatch(/^HTTP\/1.1 200/);
+  });
+
+  test("of five scrapes at once the last is refused in words", async () => {
+    let asked = 0;
+    const four = Promise.withResolvers<void>();
+    const go = Promise.withResolvers<string>();
+    const { base } = await start({
+      envoyAdminSocket: undefined,
+      agentMetrics: () => {
+        asked += 1;
+        if (asked === 4) four.resolve();
+        return go.promise;
+      },
+    });
+    const running = [1, 2, 3, 4].map(() => fetch(`${base}/metrics`).then((it) => it.text()));
+    await four.promise;
+    const fifth = await fetch(`${base}/metrics`);
+    expect([fifth.status, await fifth.text()]).toEqual([503, "too many scrapes at once\n"]);
+    go.resolve("a 1\n");
+    expect(await Promise.all(running)).toEqual(Array(4).fill("a 1\n"));
+  });
+
   test("a client that never ends its request is cut off", async () => {
     const clock = {
       ...machine.clock,
@@ -232,6 +274,9 @@ describe("parseAppTargets", () => {
     { json: '{"port":"x"}', why: "is not a port" },
     { json: '{"port":"15090"}', why: "belongs to the mesh itself" },
     { json: '{"path":"/a b"}', why: "is not a path" },
+    { json: '{"scrape":{"toString":1}}', why: "`scrape` is not a text" },
+    { json: '{"port":{"toString":1}}', why: "`port` is not a text" },
+    { json: '{"targets":[{"path":["a"]}]}', why: "`path` is not a text" },
   ])("$json: $why", ({ json, why }) => {
     expect(() => parseAppTargets(json)).toThrow(why);
   });

@@ -54,13 +54,18 @@ export function parseAppTargets(json: string | undefined): AppTarget[] {
     return value as Record<string, unknown>;
   };
   const top = fieldsOf(parsed);
-  if (String(top["scrape"] ?? "true").toLowerCase() === "false") return [];
+  // JSON can bring an object whose toString is no function: String() would throw.
+  const textOf = (key: string, value: unknown): string => {
+    if (!["string", "number", "boolean"].includes(typeof value)) throw malformed(`\`${key}\` is not a text`);
+    return String(value);
+  };
+  if (textOf("scrape", top["scrape"] ?? "true").toLowerCase() === "false") return [];
   const list = Array.isArray(top["targets"]) && top["targets"].length > 0 ? top["targets"] : [top];
   return list.map((entry) => {
     const fields = fieldsOf(entry);
     const text = (key: string, fallback: string): string => {
       const value = fields[key] ?? "";
-      return value === "" ? fallback : String(value);
+      return value === "" ? fallback : textOf(key, value);
     };
     const portText = text("port", "80");
     const port = Number(portText);
