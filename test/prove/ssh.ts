@@ -1,20 +1,16 @@
 import { createHash } from "node:crypto";
-import { cpSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { cpSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
 import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
 import { Lab, type Machine, sleep, waitFor } from "../lab/lab.ts";
-import { sh } from "../lab/sh.ts";
 import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
-import { type Proof, type ProofRow, row } from "./proof.ts";
+import { type Proof, row } from "./proof.ts";
+import { CONFIRM_SECONDS, liveSession, Operator, PORT, SLACK_SECONDS } from "./ssh/operator.ts";
+import { byIptablesApply, byNetplanTry } from "./ssh/peers.ts";
 
-const PORT = 2222;
-/** Of each trial; the shortest that leaves a slow machine time for its checks. */
-const CONFIRM_SECONDS = 4;
-/** A timer's accuracy, the undo script itself, and the pause of the one who looks. */
-const SLACK_SECONDS = 1.5;
 const SEED = 20_261_123;
 
 /** What an operator could write into sidecar.env, and what happens while it is applied. */
@@ -58,107 +54,6 @@ const PROFILE: fc.Arbitrary<Profile> = fc.record({
     { nil: undefined, freq: 2 },
   ),
 });
-
-/** ssh(1) as the operator runs it, from outside the machine. */
-class Operator implements AsyncDisposable {
-  readonly #lab: Lab;
-  readonly #machine: Machine;
-  readonly #keys: string;
-
-  private constructor(lab: Lab, machine: Machine) {
-    this.#lab = lab;
-    this.#machine = machine;
-    this.#keys = mkdtempSync(join(tmpdir(), "vmmesh-ssh-"));
-  }
-
-  static async make(lab: Lab, machine: Machine): Promise<Operator> {
-    const operator = new Operator(lab, machine);
-    await sh(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", `${operator.#keys}/id`]);
-    machine.putFile("/root/.ssh/authorized_keys", readFileSync(`${operator.#keys}/id.pub`, "utf8"), 0o600);
-    machine.putFile(
-      "/etc/systemd/system/sshd-operator.service",
-      `[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\nRuntimeDirectory=sshd\nExecStart=/usr/sbin/sshd -D -p ${PORT}\n[Install]\nWantedBy=multi-user.target\n`,
-    );
-    await machine.exec("systemctl daemon-reload && systemctl enable -q --now sshd-operator.service");
-    await waitFor("a first login", async () => ((await operator.login()) ? true : undefined));
-    return operator;
-  }
-
-  argv(...command: string[]): string[] {
-    return [
-      "ssh",
-      ...["-i", `${this.#keys}/id`, "-p", String(PORT), "-o", "StrictHostKeyChecking=no"],
-      ...["-o", `UserKnownHostsFile=${this.#keys}/known`, "-o", "BatchMode=yes", "-o", "ConnectTimeout=1"],
-      ...["-o", "LogLevel=ERROR", `root@${this.#machine.ip}`, ...command],
-    ];
-  }
-
-  /** A new login, from the first packet on. */
-  async login(): Promise<boolean> {
-    const { code } = await this.#lab.exec(this.argv("true"), { allowFail: true, timeoutMs: 3000 });
-    return code === 0;
-  }
-
-  /** Logs in again and again. @returns the longest time in ms for which nobody got in */
-  watch(): { stop(): Promise<number> } {
-    let going = true;
-    let last = performance.now();
-    let longest = 0;
-    const looking = (async () => {
-      while (going) {
-        if (await this.login()) {
-          const now = performance.now();
-          longest = Math.max(longest, now - last);
-          last = now;
-        }
-        await sleep(50);
-      }
-    })();
-    return {
-      stop: async () => {
-        going = false;
-        await looking;
-        return Math.max(longest, performance.now() - last);
-      },
-    };
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    rmSync(this.#keys, { recursive: true, force: true });
-  }
-}
-
-/** A session that lives through everything: `still` says whether what is typed into it still comes back. */
-async function liveSession(lab: Lab, operator: Operator, folder: string) {
-  await sh(["mkfifo", `${folder}/type`]);
-  // ssh(1) closes what it does not know: the shell has to stay and keep the pipe open.
-  const session = lab.spawn("live-session", [
-    "sh",
-    "-c",
-    `exec 3<>${folder}/type; "$@" <${folder}/type`,
-    "sh",
-    ...operator.argv("exec cat"),
-  ]);
-  let word = 0;
-  return {
-    async still(): Promise<boolean> {
-      word += 1;
-      await sh(["sh", "-c", `echo word-${word}- 1<>${folder}/type`]);
-      try {
-        await waitFor(
-          "the echo",
-          async () => (session.log().includes(`word-${word}-`) ? true : undefined),
-          5000,
-          20,
-        );
-        return true;
-      } catch {
-        return false;
-      }
-    },
-    stop: () => session.stop(),
-  };
-}
 
 /** Everything that is not ours, without counters, as one hash. */
 async function foreignHash(machine: Machine): Promise<string> {
@@ -272,48 +167,6 @@ async function round(
   tally.rounds += 1;
 }
 
-/** The same trial by Debian's own tool: rules from a file, a question on the terminal, the old ones back after a time. */
-async function peerRounds(
-  machine: Machine,
-  operator: Operator,
-  lab: Lab,
-  rounds: number,
-): Promise<ProofRow[]> {
-  const { stdout } = await machine.exec("vmmesh iptables plan --rules");
-  const ipv4 = stdout.slice(0, stdout.indexOf("COMMIT", stdout.indexOf("*nat")) + "COMMIT\n".length);
-  await machine.exec("vmmesh iptables clean");
-  // A table that is not in the snapshot is not restored by the tool at all: be fair and have one rule in each.
-  const tables = ["raw", "mangle", "nat", "filter"];
-  await machine.exec(tables.map((table) => `iptables-nft -t ${table} -A OUTPUT -j RETURN`).join(";"));
-  await machine.exec("iptables-nft-save > /root/before.rules");
-  machine.putFile("/root/peer.rules", ipv4);
-  const command = operator.argv("-tt", `iptables-apply -t ${CONFIRM_SECONDS} /root/peer.rules`);
-  let left = 0;
-  let lost = 0;
-  for (let number = 0; number < rounds; number += 1) {
-    // The tool asks at the terminal, where nobody answers.
-    const apply = lab.exec(["sh", "-c", 'sleep 20 | "$@"', "sh", ...command], {
-      allowFail: true,
-      timeoutMs: 15_000,
-    });
-    await sleep(400);
-    await machine.exec(`iptables-nft -w 10 -A INPUT -m comment --comment meanwhile-${number} -j RETURN`);
-    const dies = number % 2 === 1;
-    if (dies) await machine.exec("pkill -KILL -f iptables-apply; true", { allowFail: true });
-    await apply;
-    await sleep((CONFIRM_SECONDS + SLACK_SECONDS) * 1000);
-    const rules = (await machine.exec("iptables-nft-save")).stdout;
-    if (rules.includes("ISTIO_OUTPUT")) left += 1;
-    if (!rules.includes(`meanwhile-${number}`)) lost += 1;
-    await machine.exec("iptables-nft-restore /root/before.rules");
-  }
-  const of = `of ${rounds} trials by iptables-apply, every second killed`;
-  return [
-    row("ssh", `${of}: unconfirmed rules stayed in force for ever`, left, "trials", "", "peer"),
-    row("ssh", `${of}: rules that others wrote meanwhile were lost`, lost, "trials", "", "peer"),
-  ];
-}
-
 export const proof: Proof = {
   name: "ssh",
   about: `random apply profiles over a real SSH session on port ${PORT}, killed at random`,
@@ -353,7 +206,12 @@ export const proof: Proof = {
         await round(lab, machine, operator, profile, number, tally);
         await alive();
       }
-      const peer = await peerRounds(machine, operator, lab, scale === "full" ? 10 : 2);
+      const trials = scale === "full" ? 10 : 2;
+      const peers = [
+        ...(await byIptablesApply(lab, machine, operator, trials)),
+        // Another machine, of another release: half a minute that tells nothing of vmmesh.
+        ...(scale === "full" ? await byNetplanTry(lab, trials) : []),
+      ];
       await machine.exec("vmmesh leave");
       await alive();
       const of = `of ${tally.rounds} random profiles (${tally.confirmed} confirmed, ${tally.refused} refused, ${tally.killed} killed at random)`;
@@ -383,7 +241,7 @@ export const proof: Proof = {
         ),
         row("ssh", "longest time from the kill to the rollback's end", seconds(tally.longestRollbackMs), "s"),
         row("ssh", "kills while the rules were on trial", tally.killedInTrial, "kills", "> 0"),
-        ...peer,
+        ...peers,
       ];
     } finally {
       await session.stop();
