@@ -78,6 +78,14 @@ async function watch(events: readonly (readonly [at: number, lines: readonly str
 }
 
 describe("the agent, told of the kernel's rules", () => {
+  test("an apply a minute after a change that displaced nothing blames nobody", async () => {
+    const { repaired, said } = await watch([
+      [0, DISPLACED],
+      [60_000, PUT_RIGHT],
+    ]);
+    expect([repaired, said]).toEqual([[], []]);
+  });
+
   test("asks once at its start: nobody knows what happened before", async () => {
     expect((await watch([])).requests).toEqual([0]);
   });

@@ -96,6 +96,8 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
     if (moved === undefined) continue;
     const { by, at } = moved;
     moved = undefined;
+    // The repair for it would be over: this is an apply, or a repair for what no event told of.
+    if (now - at > PACE.withinMs) continue;
     pace.repaired(now);
     const name = names.has(by.program) || names.size < MAX_NAMES ? by.program : "other";
     names.add(name);
