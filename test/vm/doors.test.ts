@@ -77,12 +77,12 @@ const EXPOSURE: Readonly<Record<string, number>> = {
   "vmmesh-agent": 1.7,
   "vmmesh-envoy": 1.4,
   "vmmesh-envoy-log": 0.5,
-  "vmmesh-fence": 9.6,
-  "vmmesh-hold": 2.1,
-  "vmmesh-nftmon": 1.6,
+  "vmmesh-fence": 3.5,
+  "vmmesh-hold": 1.7,
+  "vmmesh-nftmon": 1.4,
   "vmmesh-order": 5.9,
   "vmmesh-resolvers": 7.9,
-  "vmmesh-rules": 5.6,
+  "vmmesh-rules": 4.1,
 };
 
 test("no unit is more exposed than it was when its sandbox was made", async () => {
