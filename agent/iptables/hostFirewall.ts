@@ -29,15 +29,14 @@ export async function judgesByPort(
   const place = await readPlace(host);
   const captured = ports === "all" ? place.listeners.map(({ port }) => port) : ports;
   for (const door of doorsOf(place.addresses)) {
-    const redirected = (port: number) => admission(place, door, port, "captured");
     for (const port of captured) {
-      const differs = difference(admission(place, door, port, "as it is"), redirected(port));
-      if (differs !== undefined)
-        return differs.may.length === 0
-          ? `the machine's firewall judges port ${port} otherwise than a redirected connection`
-          : `the machine's firewall may judge port ${port} otherwise than a redirected connection: it depends on ${differs.may.join(", ")}`;
+      const differs = difference(place, door, port);
+      if (differs === undefined) continue;
+      const { certain, because } = differs;
+      const why = because.length === 0 ? "" : `: it depends on ${because.join(", ")}`;
+      return `the machine's firewall ${certain ? "judges" : "may judge"} port ${port} otherwise than a redirected connection${why}`;
     }
-    const { answer, because } = redirected(ANY_OTHER);
+    const { answer, because } = admission(place, door, ANY_OTHER, "captured");
     if (answer === "no" || admission(place, door, ANY_OTHER, "as it is").answer === "no")
       return "the machine's firewall lets nothing in that it does not know";
     if (answer === "may")

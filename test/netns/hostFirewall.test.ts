@@ -142,6 +142,21 @@ const NFT: readonly Case[] = [
   { name: "firewalld, 9000 open", load: firewalld(9000), plain: "yes", captured: "yes", finding: undefined },
   { name: "firewalld, 9000 shut", load: firewalld(9999), plain: "no", captured: "yes", finding: "FW019" },
   {
+    name: "somebody's own table ip filter, which iptables does not print",
+    load: `table ip filter {
+	chain input {
+		type filter hook input priority 0; policy drop;
+		ct state established,related accept
+		iifname "lo" accept
+		tcp dport { 22, 9000 } accept
+	}
+}
+`,
+    plain: "yes",
+    captured: "no",
+    finding: "FW020",
+  },
+  {
     name: "two base chains, the later one drops",
     load: PRIORITIES,
     plain: "no",

@@ -604,7 +604,9 @@ describe("a healthy machine has no finding", () => {
         input: inputRules("ACCEPT", [
           "-A INPUT -s 127.0.0.0/8 -j ACCEPT",
           "-A INPUT -s 198.51.100.0/24 -j DROP",
-          "-A INPUT -m limit --limit 3/minute -j LOG",
+          "-A INPUT -s 10.0.0.0/8 -j ACCEPT",
+          "-A INPUT -p tcp -m limit --limit 100/second -j ACCEPT",
+          "-A INPUT -p tcp -m tcp --tcp-flags SYN SYN -j DROP",
         ]),
       },
     },

@@ -2,7 +2,6 @@ import { PORTS } from "../../core/paths.ts";
 import type { CapturePlan } from "../plan.ts";
 import { CHAIN } from "../rules.ts";
 import {
-  type Admission,
   admission,
   type Difference,
   type Door,
@@ -52,13 +51,10 @@ export function inboundFindings(evidence: Evidence, plan: CapturePlan): Finding[
   ];
 }
 
-/** One captured port at one door, as INPUT judges it. */
-interface Judged {
+/** One captured port at one door that INPUT judges otherwise than before. */
+interface Judged extends Difference {
   readonly port: number;
   readonly door: Door;
-  readonly plain: Admission;
-  readonly captured: Admission;
-  readonly differs: Difference;
 }
 
 /** REDIRECT changes the port before INPUT judges it. */
@@ -73,22 +69,21 @@ function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
     .filter(({ family }) => plan.families.some((of) => of.family === family))
     .flatMap((door) =>
       ports.flatMap((port): Judged[] => {
-        const plain = admission(place, door, port, "as it is");
-        const captured = admission(place, door, port, "captured");
-        const differs = difference(plain, captured);
-        return differs === undefined ? [] : [{ port, door, plain, captured, differs }];
+        const differs = difference(place, door, port);
+        return differs === undefined ? [] : [{ ...differs, port, door }];
       }),
     );
-  const opened = judged.filter(({ differs }) => differs.effect !== "shuts");
-  const shut = judged.filter(({ differs }) => differs.effect === "shuts");
+  const opened = judged.filter(({ effect }) => effect !== "shuts");
+  const shut = judged.filter(({ effect }) => effect === "shuts");
+  const certain = opened.some((each) => each.certain);
   return [
     ...when(toldOnce(opened), (lines) =>
       finding(
         "FW019",
-        opened.every(({ differs }) => differs.may.length > 0) ? "medium" : "critical",
-        opened.every(({ differs }) => differs.may.length > 0)
-          ? "capture may open ports that the machine's firewall closes"
-          : "capture opens ports that the machine's firewall closes",
+        certain ? "critical" : "medium",
+        certain
+          ? "capture opens ports that the machine's firewall closes"
+          : "capture may open ports that the machine's firewall closes",
         lines,
         "Do not declare these ports, or use TPROXY, which leaves the port as it was.",
       ),
@@ -97,9 +92,7 @@ function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
       finding(
         "FW020",
         "high",
-        shut.every(({ differs }) => differs.may.length > 0)
-          ? "the machine's firewall may deny captured connections from outside"
-          : "the machine's firewall denies captured connections from outside",
+        "the machine's firewall denies captured connections from outside",
         lines,
         `Let in what was redirected, and no connection to ${PORTS.inbound} itself; or use TPROXY, which leaves the port as it was.`,
         [...new Set(shut.flatMap(letIn))].join(" && "),
@@ -110,8 +103,8 @@ function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
 
 /** One line for all doors that are judged alike. */
 function toldOnce(judged: readonly Judged[]): string[] {
-  const lines = Map.groupBy(judged, ({ port, plain, captured, differs: { may } }) => {
-    const why = may.length === 0 ? "" : `; it depends on ${may.join(", ")}`;
+  const lines = Map.groupBy(judged, ({ port, plain, captured, because }) => {
+    const why = because.length === 0 ? "" : `; it depends on ${because.join(", ")}`;
     return `INPUT ${SAYS[plain.answer]} ${port}, but it is captured and arrives as ${PORTS.inbound}, which it ${SAYS[captured.answer]}${why}`;
   });
   return [...lines].map(

@@ -4,7 +4,7 @@ import type { Family } from "../rules.ts";
 import type { InputRules } from "./input.ts";
 import type { World } from "./model.ts";
 import { addressNumber, ITS_SOURCE, type Packet, span } from "./packet.ts";
-import { type Assumption, type Way, walkInput } from "./walk.ts";
+import { type Assumption, assumptionKey, type Way, walkInput } from "./walk.ts";
 import { findSocket } from "./world.ts";
 
 /** Where connections from outside arrive. */
@@ -26,7 +26,7 @@ export interface Admission {
   readonly answer: "yes" | "no" | "may";
   /** What would have to be known, if the answer is "may". */
   readonly because: readonly string[];
-  readonly cases: readonly { readonly admitted: boolean; readonly assumed: readonly Assumption[] }[];
+  readonly assumed: readonly Assumption[];
   /** The tables whose rules or policies deny it to some: `iptables-nft filter`, `nft inet firewalld`. */
   readonly deniedBy: readonly string[];
 }
@@ -45,7 +45,7 @@ export function doorsOf(addresses: Place["addresses"]): Door[] {
 }
 
 /**
- * Asks INPUT alone: what comes before it may have settled the port.
+ * Asks INPUT alone: what comes before it may have settled the port, and has set no mark.
  *
  * @param captured by REDIRECT: it arrives at the interface's first address, on Envoy's port
  */
@@ -55,17 +55,29 @@ export function admission(
   port: number,
   captured: "captured" | "as it is",
 ): Admission {
+  const admitted = under(place, door, port, captured, new Map());
+  if (admitted === undefined) throw new Error("without an assumption every packet has a way");
+  return admitted;
+}
+
+/** @returns undefined: there is no such choice */
+function under(
+  place: Place,
+  door: Door,
+  port: number,
+  captured: "captured" | "as it is",
+  assumed: ReadonlyMap<string, number>,
+): Admission | undefined {
   const packet = arriving(place, door, port, captured === "captured");
-  const ways = walkInput(place.input.rules[door.family], worldOf(place), packet);
-  const cases = ways.map(({ end, assumed }) => ({ admitted: end.kind === "delivered", assumed }));
+  const ways = walkInput(place.input.rules[door.family], { ...worldOf(place), assumed }, packet);
+  if (ways.length === 0) return undefined;
   const because = [...new Set([...ways.flatMap((way) => way.because), ...ways.flatMap(decidedElsewhere)])];
-  const [first, ...others] = cases;
-  const certain =
-    others.every(({ admitted }) => admitted === first?.admitted) && !because.some((why) => OPEN.test(why));
+  const admits = new Set(ways.map(({ end }) => end.kind === "delivered"));
+  const certain = admits.size === 1 && !because.some((why) => OPEN.test(why));
   return {
-    answer: certain ? (first?.admitted === true ? "yes" : "no") : "may",
+    answer: certain ? (admits.has(true) ? "yes" : "no") : "may",
     because: certain ? [] : because,
-    cases,
+    assumed: ways.flatMap((way) => way.assumed),
     deniedBy: [...new Set(ways.flatMap(({ end }) => ("at" in end ? [end.at.chain.table] : [])))],
   };
 }
@@ -118,35 +130,65 @@ function worldOf({ addresses, listeners, input: { ipSets } }: Place): World {
   };
 }
 
-/** What capture by REDIRECT changes about what a firewall lets in; with `may`: what would have to be known. */
+/** What capture by REDIRECT changes about what a firewall lets in. */
 export interface Difference {
+  readonly plain: Admission;
+  readonly captured: Admission;
   readonly effect: "opens" | "shuts" | "opens or shuts";
-  readonly may: readonly string[];
+  /** For some senders at least; else nobody here can say. */
+  readonly certain: boolean;
+  /** What it depends on; empty: the same for every sender. */
+  readonly because: readonly string[];
 }
 
 /** @returns undefined if each sender meets the same, captured or not */
-export function difference(plain: Admission, captured: Admission): Difference | undefined {
-  const met = plain.cases.flatMap((one) =>
-    captured.cases.filter((two) => canBeBoth(one.assumed, two.assumed)).map((two) => [one, two] as const),
-  );
-  const opens = met.some(([one, two]) => !one.admitted && two.admitted);
-  const shuts = met.some(([one, two]) => one.admitted && !two.admitted);
-  const may = [...new Set([...plain.because, ...captured.because])];
-  const open = may.some((why) => OPEN.test(why));
-  if (!opens && !shuts && !open) return undefined;
-  return { effect: opens === shuts ? "opens or shuts" : opens ? "opens" : "shuts", may };
+export function difference(place: Place, door: Door, port: number): Difference | undefined {
+  const plain = admission(place, door, port, "as it is");
+  const captured = admission(place, door, port, "captured");
+  const met = kinds(place, door, port);
+  const opens = met.has("opens");
+  const shuts = met.has("shuts");
+  if (!opens && !shuts && !met.has("may")) return undefined;
+  return {
+    plain,
+    captured,
+    effect: opens === shuts ? "opens or shuts" : opens ? "opens" : "shuts",
+    certain: opens || shuts,
+    because: [...new Set([...plain.because, ...captured.because])],
+  };
 }
 
 /** A rule that asks only who sends, or how much has been sent, says the same to both. */
 const OF_THE_SENDER = [ITS_SOURCE, "how many packets came before"];
+/** More kinds of senders than a firewall has that a person wrote. */
+const MAX_WALKS = 128;
 
-function canBeBoth(one: readonly Assumption[], two: readonly Assumption[]): boolean {
-  return !one.some(({ why, choice }) =>
-    two.some(
-      (other) =>
-        other.why === why &&
-        other.choice !== choice &&
-        OF_THE_SENDER.some((reason) => why.startsWith(reason)),
-    ),
-  );
+/** What each kind of sender meets. */
+function kinds(place: Place, door: Door, port: number): Set<"alike" | "opens" | "shuts" | "may"> {
+  const met = new Set<"alike" | "opens" | "shuts" | "may">();
+  const open: { readonly assumed: ReadonlyMap<string, number>; readonly last?: string }[] = [
+    { assumed: new Map() },
+  ];
+  for (let walks = 0; walks < MAX_WALKS; walks++) {
+    const next = open.pop();
+    if (next === undefined) return met;
+    const { assumed, last } = next;
+    const plain = under(place, door, port, "as it is", assumed);
+    const captured = under(place, door, port, "captured", assumed);
+    // The rule has no such choice: it had one less.
+    if (plain === undefined || captured === undefined) continue;
+    if (last !== undefined)
+      open.push({ assumed: new Map(assumed).set(last, (assumed.get(last) ?? 0) + 1), last });
+    const asked = [...plain.assumed, ...captured.assumed].find(({ why }) =>
+      OF_THE_SENDER.some((reason) => why.startsWith(reason)),
+    );
+    if (plain.answer !== "may" && captured.answer !== "may")
+      met.add(plain.answer === captured.answer ? "alike" : plain.answer === "no" ? "opens" : "shuts");
+    else if (asked === undefined) met.add("may");
+    else {
+      const key = assumptionKey(asked);
+      open.push({ assumed: new Map(assumed).set(key, 0), last: key });
+    }
+  }
+  return met.add("may");
 }

@@ -23,26 +23,53 @@ export interface InputTable {
   readonly listing: NativeListing | undefined;
 }
 
-/** What is not asked of nft: what iptables prints in its own words, and what is ours. */
-const KNOWN = /^(ip6? (raw|mangle|nat|filter|security)|(inet|ip6?) vmmesh\S*)$/;
+/** What iptables-nft calls its own, and prints unless somebody else has written into it. */
+const OF_IPTABLES = /^ip6? (raw|mangle|filter|security)$/;
+const OURS = /^(inet|ip6?) vmmesh/;
 /** Refuses only the ports of its own services that have no endpoint; listing its maps takes seconds (20,000 services). */
 const KUBE_PROXY = /^ip6? kube-proxy$/;
 const PATIENCE_MS = 2000;
 
 /**
- * The tables of other programs that nft shows with a chain in INPUT. None of them: nothing is asked.
+ * The tables that nft shows with a chain in INPUT and iptables does not print. None of them: nothing is asked.
  *
  * @param bases of `nft list chains`
  */
-function readInputTables(host: Reads, bases: readonly BaseChain[]): Promise<InputTable[]> {
-  const tables = bases
+async function readInputTables(
+  host: Reads,
+  bases: readonly BaseChain[],
+  saves: Promise<readonly Saved[]>,
+): Promise<InputTable[]> {
+  const theirs = bases
     .filter(({ hook, type, table }) => hook === "input" && type === "filter" && /^(inet|ip6?) /.test(table))
-    .filter(({ table }) => !KNOWN.test(table) && !KUBE_PROXY.test(table))
-    .map(({ table }) => table);
-  return Promise.all(
-    [...new Set(tables)].map(async (table) => ({ table, listing: await list(host, table) })),
+    .filter(({ table }) => !OURS.test(table) && !KUBE_PROXY.test(table));
+  const [shared, foreign] = [true, false].map((shares) =>
+    theirs.filter(({ table }) => OF_IPTABLES.test(table) === shares),
   );
+  const read = (from: readonly BaseChain[] = []): Promise<InputTable[]> =>
+    Promise.all(
+      [...new Set(from.map(({ table }) => table))].map(async (table) => ({
+        table,
+        listing: await list(host, table),
+      })),
+    );
+  const [one, two] = await Promise.all([
+    read(foreign),
+    saves.then((known) => read(shared?.filter((base) => !isPrinted(known, base)))),
+  ]);
+  return [...one, ...two];
 }
+
+/** iptables-nft 1.8.9 leaves out a table with rules of nft, and another's base chains, and exits with 0. */
+function isPrinted(saves: readonly Saved[], { table, chain }: BaseChain): boolean {
+  const policy = saves
+    .find(({ backend, family }) => backend === "nft" && table.startsWith(`${nftFamily(family)} `))
+    ?.tables.find(({ name }) => table.endsWith(` ${name}`))
+    ?.chains.get(chain);
+  return policy !== undefined && policy !== "-";
+}
+
+const nftFamily = (family: Family): string => (family === 4 ? "ip" : "ip6");
 
 async function list(host: Reads, table: string): Promise<NativeListing | undefined> {
   const print = async (...options: string[]): Promise<string | undefined> => {
@@ -79,13 +106,13 @@ export const NO_INPUT: InputRules = { rules: { 4: joined([]), 6: joined([]) }, i
 /** What is there of iptables in every backend and family, and the base chains of nft, are read by who asks. */
 export async function readInput(
   host: Reads,
-  saves: readonly Saved[] | Promise<readonly Saved[]>,
-  bases: readonly BaseChain[] | Promise<readonly BaseChain[]>,
+  saves: Promise<readonly Saved[]>,
+  bases: Promise<readonly BaseChain[]>,
 ): Promise<InputRules> {
   const [saved, natives, ipSets] = await Promise.all([
     saves,
-    Promise.resolve(bases).then((known) => readInputTables(host, known)),
-    Promise.resolve(saves).then((known) => (asksSets(known) ? readIpSets(host) : new Map())),
+    bases.then((known) => readInputTables(host, known, saves)),
+    saves.then((known) => (asksSets(known) ? readIpSets(host) : new Map())),
   ]);
   return {
     rules: { 4: inputRuleset(saved, natives, 4), 6: inputRuleset(saved, natives, 6) },
@@ -106,17 +133,23 @@ export function inputRuleset(
   natives: readonly InputTable[],
   family: Family,
 ): Ruleset {
+  const at = nftFamily(family);
+  const own = saves.filter((save) => save.family === family);
+  const printed = own.find(({ backend }) => backend === "nft")?.tables ?? [];
+  const isListed = (name: string): boolean => natives.some(({ table }) => table === `${at} ${name}`);
   return joined([
-    ...saves
-      .filter((save) => save.family === family)
-      .flatMap(({ backend, tables }) =>
-        tables.filter(({ name }) => name !== "nat").map((table) => iptablesParts(backend, table, "INPUT")),
-      ),
-    ...natives.flatMap(({ table, listing }) =>
-      listing === undefined
-        ? [unread(table)]
-        : readNative(listing, family).map((native) => onlyInput(nativeParts(native))),
+    ...own.flatMap(({ backend, tables }) =>
+      tables
+        .filter(({ name }) => name !== "nat" && !(backend === "nft" && isListed(name)))
+        .map((table) => iptablesParts(backend, table, "INPUT")),
     ),
+    ...natives
+      .filter(({ table }) => table.startsWith("inet ") || table.startsWith(`${at} `))
+      .flatMap(({ table, listing }) =>
+        listing === undefined
+          ? [unread(table)]
+          : readNative(listing, family).map((native) => onlyInput(nativeParts(native, printed))),
+      ),
   ]);
 }
 

@@ -46,8 +46,12 @@ export interface Way {
 /** One of several possibilities was followed: `choice` says which. */
 export interface Assumption {
   readonly why: string;
+  /** Place in its rule: one rule may have several of the same reason. */
+  readonly step: number;
   readonly choice: number;
 }
+
+export const assumptionKey = ({ why, step }: Pick<Assumption, "why" | "step">): string => `${step} ${why}`;
 
 interface State {
   readonly packet: Packet;
@@ -312,7 +316,7 @@ function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): 
       outcomes.length === 1
         ? outcomes.flat()
         : outcomes.flatMap((states, choice) =>
-            states.map((state) => ({ ...state, because: [...state.because, { why, choice }] })),
+            states.map((state) => ({ ...state, because: [...state.because, { why, step: 0, choice }] })),
           );
     current = merged(results);
   }
@@ -425,12 +429,16 @@ interface RuleTurn {
 function runRule(rule: TraceRule, packet: Packet, world: World): RuleTurn[] {
   let going: RuleTurn[] = [{ packet, does: "on", because: [] }];
   const done: RuleTurn[] = [];
-  for (const step of rule.steps) {
+  for (const [step, take] of rule.steps.entries()) {
     const next: RuleTurn[] = [];
     for (const at of going) {
-      for (const [choice, turn] of step(at.packet, world).entries()) {
+      for (const [choice, turn] of take(at.packet, world).entries()) {
         const why = `${turn.because} (in \`${rule.text}\`)`;
-        const because = turn.because === undefined ? at.because : [...at.because, { why, choice }];
+        const made =
+          turn.because === undefined ? undefined : world.assumed?.get(assumptionKey({ why, step }));
+        if (made !== undefined && made !== choice) continue;
+        const open = turn.because !== undefined && made === undefined;
+        const because = open ? [...at.because, { why, step, choice }] : at.because;
         (turn.does === "on" ? next : done).push({ ...turn, because });
       }
     }
@@ -460,11 +468,11 @@ function merged<S extends State>(states: readonly S[]): S[] {
   const why = `there are more than ${MAX_WAYS} ways, and only as many were followed`;
   return all
     .slice(0, MAX_WAYS)
-    .map((state) => ({ ...state, because: [...state.because, { why, choice: 0 }] }));
+    .map((state) => ({ ...state, because: [...state.because, { why, step: 0, choice: 0 }] }));
 }
 
 const sameAssumption = (one: Assumption, two: Assumption): boolean =>
-  one.why === two.why && one.choice === two.choice;
+  one.why === two.why && one.step === two.step && one.choice === two.choice;
 
 function stateKey(state: State & { readonly end?: "through" | End }): string {
   return JSON.stringify([packetKey(state.packet), state.end === undefined ? "" : endKey(state.end)]);
