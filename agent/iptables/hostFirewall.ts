@@ -1,7 +1,7 @@
 import { readSaves } from "./audit/surroundings.ts";
 import { parseAddresses, parseBaseChains, parseListeners } from "./parse.ts";
 import { type Reads, tryRun } from "./read.ts";
-import { admission, difference, doorsOf, type Place } from "./trace/admit.ts";
+import { admission, difference, type Place, placeOf } from "./trace/admit.ts";
 import { readInput } from "./trace/input.ts";
 
 /** Does the kernel take a TPROXY rule? Nothing is committed (nft(8), --check). */
@@ -28,7 +28,7 @@ export async function judgesByPort(
   if (check?.code !== 0) return undefined;
   const place = await readPlace(host);
   const captured = ports === "all" ? place.listeners.map(({ port }) => port) : ports;
-  for (const door of doorsOf(place.addresses)) {
+  for (const door of place.doors) {
     for (const port of captured) {
       const differs = difference(place, door, port);
       if (differs === undefined) continue;
@@ -57,5 +57,5 @@ export async function readPlace(host: Reads): Promise<Place> {
     text(["ss", "-ltnpH"]),
     text(["ip", "-o", "addr", "show"]),
   ]);
-  return { listeners: parseListeners(sockets), addresses: parseAddresses(addresses), input };
+  return placeOf(input, parseAddresses(addresses), parseListeners(sockets));
 }

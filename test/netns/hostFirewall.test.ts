@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import { judgesByPort, readPlace } from "../../agent/iptables/hostFirewall.ts";
-import { type Admission, admission, doorsOf } from "../../agent/iptables/trace/admit.ts";
+import { type Admission, admission } from "../../agent/iptables/trace/admit.ts";
 import { Lab, MACHINE, REMOTE, UID } from "./lab.ts";
 
 let lab: Lab;
@@ -137,6 +137,17 @@ const IPTABLES: readonly Case[] = [
     captured: "yes",
     finding: "FW019",
   },
+  {
+    name: "default deny, 9000 open to one sender, also redirected",
+    load: filter(
+      "DROP",
+      SOME,
+      `-A INPUT -s ${REMOTE.ip}/32 -p tcp -m conntrack --ctstate DNAT --ctorigdstport 9000 -j ACCEPT`,
+    ),
+    plain: "may",
+    captured: "may",
+    finding: undefined,
+  },
 ];
 const NFT: readonly Case[] = [
   { name: "firewalld, 9000 open", load: firewalld(9000), plain: "yes", captured: "yes", finding: undefined },
@@ -157,6 +168,19 @@ const NFT: readonly Case[] = [
     finding: "FW020",
   },
   {
+    name: "a rule of nft in iptables' own table, which iptables prints no more",
+    load: `table ip filter {
+	chain INPUT {
+		type filter hook input priority 0; policy accept;
+		ct state new tcp dport { 9000, 9001 } drop
+	}
+}
+`,
+    plain: "no",
+    captured: "yes",
+    finding: "FW019",
+  },
+  {
     name: "two base chains, the later one drops",
     load: PRIORITIES,
     plain: "no",
@@ -168,7 +192,7 @@ const NFT: readonly Case[] = [
 /** Asked of the walker, dialled from outside before and after capture, and said by the audit. */
 async function judged({ plain, captured, finding, open }: Case): Promise<void> {
   const place = await readPlace(lab.host);
-  const [door] = doorsOf(place.addresses).filter(({ address }) => address === MACHINE.ip);
+  const [door] = place.doors.filter(({ address }) => address === MACHINE.ip);
   if (door === undefined) throw new Error("the machine has no address");
   const says = (how: "as it is" | "captured") => admission(place, door, 9000, how).answer;
   expect.soft([says("as it is"), says("captured")]).toEqual([plain, captured]);

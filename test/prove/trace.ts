@@ -1,8 +1,8 @@
 import { spawn } from "node:child_process";
 import { createInterface } from "node:readline";
 import { addressText, type Protocol } from "../../agent/iptables/trace/packet.ts";
-import { isCut, openTrace, type Question, type Trace, ways } from "../../agent/iptables/trace/trace.ts";
-import { isBalanced, type Way } from "../../agent/iptables/trace/walk.ts";
+import { openTrace, type Question, type Trace, ways } from "../../agent/iptables/trace/trace.ts";
+import { isBalanced, isCut, type Way } from "../../agent/iptables/trace/walk.ts";
 import type { CommandResult, Host } from "../../agent/platform/host.ts";
 import { Cgroup } from "../netns/cgroup.ts";
 import { Lab, MACHINE, REMOTE } from "../netns/lab.ts";

@@ -6,8 +6,8 @@ import {
   type Difference,
   type Door,
   difference,
-  doorsOf,
   type Place,
+  placeOf,
   VIRTUAL,
 } from "../trace/admit.ts";
 import { capturesInbound } from "./captured.ts";
@@ -16,7 +16,8 @@ import { type Finding, finding, REPAIR, when } from "./finding.ts";
 import { fenceInForce } from "./inForce.ts";
 
 export function inboundFindings(evidence: Evidence, plan: CapturePlan): Finding[] {
-  const place: Place = { ...evidence, addresses: evidence.around.addresses };
+  const { input, around, listeners } = evidence;
+  const place = placeOf(input, around.addresses, listeners);
   return [
     ...judgedFindings(place, plan),
     ...when(hijacks(evidence), (lines) =>
@@ -65,7 +66,7 @@ function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
   const ports = [...new Set(plan.inboundPorts === "all" ? listening : plan.inboundPorts)].filter((port) =>
     capturesInbound(plan, port),
   );
-  const judged = doorsOf(place.addresses)
+  const judged = place.doors
     .filter(({ family }) => plan.families.some((of) => of.family === family))
     .flatMap((door) =>
       ports.flatMap((port): Judged[] => {
@@ -92,7 +93,9 @@ function judgedFindings(place: Place, plan: CapturePlan): Finding[] {
       finding(
         "FW020",
         "high",
-        "the machine's firewall denies captured connections from outside",
+        shut.some((each) => each.certain)
+          ? "the machine's firewall denies captured connections from outside"
+          : "the machine's firewall may deny captured connections from outside",
         lines,
         `Let in what was redirected, and no connection to ${PORTS.inbound} itself; or use TPROXY, which leaves the port as it was.`,
         [...new Set(shut.flatMap(letIn))].join(" && "),
@@ -132,7 +135,7 @@ function exposed(place: Place): string[] {
       address !== "::1",
   );
   return own.flatMap(({ address, port }) => {
-    const answers = doorsOf(place.addresses)
+    const answers = place.doors
       .filter(({ family }) => address === "*" || (family === 6) === address.includes(":"))
       .map((door) => admission(place, door, port, "as it is"));
     const may = answers.find(({ answer }) => answer === "may");

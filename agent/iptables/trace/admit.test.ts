@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 import { parseSave } from "../parse.ts";
-import { type Admission, admission, difference, doorsOf, type Place } from "./admit.ts";
+import { type Admission, admission, difference, type Place, placeOf } from "./admit.ts";
 import { inputRuleset } from "./input.ts";
 
 const ADDRESSES = [
@@ -15,17 +15,17 @@ function place(policy: string, rules: readonly string[]): Place {
   const text = `*filter\n:INPUT ${policy} [0:0]\n:X - [0:0]\n${rules.join("\n")}\nCOMMIT\n`;
   const saves = [{ backend: "nft", family: 4, tables: parseSave(text) }] as const;
   const of = (family: 4 | 6) => inputRuleset(saves, [], family);
-  return { addresses: ADDRESSES, listeners: [], input: { rules: { 4: of(4), 6: of(6) }, ipSets: new Map() } };
+  return placeOf({ rules: { 4: of(4), 6: of(6) }, ipSets: new Map() }, ADDRESSES, []);
 }
 
 function at(device: string, where: Place, captured: "captured" | "as it is" = "as it is"): Admission {
-  const door = doorsOf(ADDRESSES).find((each) => each.device === device);
+  const door = where.doors.find((each) => each.device === device);
   if (door === undefined) throw new Error(`no door ${device}`);
   return admission(where, door, 9000, captured);
 }
 
 test("doors are the addresses that others reach: not lo, not link-local, not a bridge of containers", () => {
-  expect(doorsOf(ADDRESSES).map(({ device, address }) => `${device} ${address}`)).toEqual([
+  expect(place("ACCEPT", []).doors.map(({ device, address }) => `${device} ${address}`)).toEqual([
     "eth0 192.0.2.1",
     "eth1 198.51.100.1",
   ]);
@@ -104,6 +104,8 @@ test("by the interface that is opened it is let in, by the other one it is not",
   expect([at("eth0", where).answer, at("eth1", where).answer]).toEqual(["no", "yes"]);
 });
 
+const NET = { prefix: { addr: "10.0.0.0", len: 8 } };
+
 describe("what capture changes", () => {
   const OPEN = "-A INPUT -p tcp -m tcp --dport 9000 -j ACCEPT";
   const DNAT = "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT";
@@ -146,7 +148,19 @@ describe("what capture changes", () => {
     {
       name: "more rules ask than are told apart",
       policy: "DROP",
-      rules: Array.from({ length: 60 }, (_, net) => `-A INPUT -s 10.${net}.0.0/16 -j ACCEPT`),
+      rules: Array.from({ length: 140 }, (_, net) => `-A INPUT -s 10.0.${net}.0/24 -j ACCEPT`),
+      want: "opens or shuts",
+    },
+    {
+      name: "nothing where two rules ask the same of the sender",
+      policy: "DROP",
+      rules: [SOME, "-A INPUT -s 10.0.0.0/8 -m conntrack --ctstate DNAT -j ACCEPT"],
+      want: undefined,
+    },
+    {
+      name: "one asks the opposite",
+      policy: "DROP",
+      rules: [SOME, "-A INPUT ! -s 10.0.0.0/8 -m conntrack --ctstate DNAT -j ACCEPT"],
       want: "opens or shuts",
     },
     {
@@ -157,7 +171,58 @@ describe("what capture changes", () => {
     },
   ])("$name", ({ policy, rules, want }) => {
     const where = place(policy, rules);
-    const [door] = doorsOf(ADDRESSES);
+    const [door] = where.doors;
     expect(door && difference(where, door, 9000)?.effect).toBe(want);
+  });
+
+  test.for([
+    {
+      name: "one set of senders, asked for both",
+      right: { set: [NET, "192.0.2.77"] },
+      and: { set: [NET, "192.0.2.77"] },
+      want: undefined,
+    },
+    { name: "two sets", right: { set: [NET, "192.0.2.77"] }, and: { set: [NET] }, want: "opens or shuts" },
+    { name: "a set that nobody can read", right: "@gone", and: "@gone", want: "opens or shuts" },
+  ])("of nft, $name", ({ right, and, want }) => {
+    const at = { family: "inet", table: "own", chain: "in" };
+    const base = { type: "filter", hook: "input", prio: 0, policy: "drop" };
+    const left = (protocol: string, field: string) => ({ payload: { protocol, field } });
+    const rule = (handle: number, senders: unknown, port: number) => ({
+      rule: {
+        ...at,
+        handle,
+        expr: [
+          { match: { op: "==", left: left("ip", "saddr"), right: senders } },
+          { match: { op: "==", left: left("tcp", "dport"), right: port } },
+          { accept: null },
+        ],
+      },
+    });
+    const nftJson = JSON.stringify({
+      nftables: [
+        { table: { family: "inet", name: "own" } },
+        { chain: { ...at, name: "in", ...base } },
+        rule(1, right, 9000),
+        rule(2, and, 15_006),
+      ],
+    });
+    const natives = [{ table: "inet own", listing: { nftJson, nftText: "", nftNetlink: "" } }];
+    const rules = { 4: inputRuleset([], natives, 4), 6: inputRuleset([], natives, 6) };
+    const where = placeOf({ rules, ipSets: new Map() }, ADDRESSES, []);
+    const [door] = where.doors;
+    expect(door && difference(where, door, 9000)?.effect).toBe(want);
+  });
+
+  test.for([
+    { rules: [SOME], certain: true },
+    { rules: [SOME, DNAT], certain: true },
+    // Whoever is in the second network is in the first.
+    { rules: [SOME, "-A INPUT -s 10.0.0.0/9 -m conntrack --ctstate DNAT -j ACCEPT"], certain: false },
+    { rules: ["-A INPUT -m u32 --u32 0x0=0x1 -j ACCEPT"], certain: false },
+  ])("certain: $certain, of $rules", ({ rules, certain }) => {
+    const where = place("DROP", rules);
+    const [door] = where.doors;
+    expect(door && difference(where, door, 9000)?.certain).toBe(certain);
   });
 });

@@ -92,8 +92,6 @@ export interface World {
   /** Seconds since an address was last put on a list of the `recent` match; undefined: not known. */
   recent(list: string, address: bigint): number | "never" | undefined;
   readonly ipSets: IpSets;
-  /** Choices that are made already: the walk follows no other. By `assumptionKey`. */
-  readonly assumed?: ReadonlyMap<string, number>;
 }
 
 export function test(judge: Test): Step {

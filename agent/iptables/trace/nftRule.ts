@@ -26,6 +26,7 @@ import {
   anyTri,
   type Got,
   ITS_SOURCE,
+  isAskedOfSource,
   isSpan,
   isUnknown,
   notTri,
@@ -301,8 +302,11 @@ function lookup(
     }
     const hit = matches(key, pattern, sets, text);
     if (hit === true) return { data: [data] };
-    if (isUnknown(hit))
-      return { data: elements.map(([, each]) => each), because: hit.unknown, mayMiss: true };
+    if (isUnknown(hit)) {
+      // Which of the elements it is: no answer to the question of one.
+      const because = isAskedOfSource(hit.unknown) ? ITS_SOURCE : hit.unknown;
+      return { data: elements.map(([, each]) => each), because, mayMiss: true };
+    }
   }
   return { data: fallback === undefined ? [] : [fallback] };
 }

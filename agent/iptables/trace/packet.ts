@@ -139,8 +139,14 @@ const LOOPBACK: Readonly<Record<Family, Span>> = {
   6: { low: 1n, high: 1n },
 };
 
-/** What cannot be told of a packet that stands for those of every sender. */
+/** What cannot be told of a packet that stands for those of every sender; behind a colon, what was asked. */
 export const ITS_SOURCE = "where it comes from";
+const ASKED = `${ITS_SOURCE}: `;
+/** More are not named one by one. */
+const MAX_NAMED = 3;
+
+/** Has this reason one answer for one sender, in whatever rule? */
+export const isAskedOfSource = (because: string): boolean => because.startsWith(ASKED);
 
 export function addressesOf(packet: Packet, side: "from" | "to", at: Ends = packet): Span {
   return side === "from" && packet.fromAnywhere ? ANYWHERE[packet.family] : span(at[side].address);
@@ -181,23 +187,32 @@ export function within(value: Span, pattern: Span): Tri {
   const family = ([4, 6] as const).find((each) => ANYWHERE[each].high === value.high);
   if (family !== undefined) {
     const { low, high } = LOOPBACK[family];
-    return pattern.low >= low && pattern.high <= high ? false : { unknown: ITS_SOURCE };
+    if (pattern.low >= low && pattern.high <= high) return false;
+    const [from, to] = [addressText(pattern.low, family), addressText(pattern.high, family)];
+    return { unknown: `${ASKED}${from === to ? from : `${from}-${to}`}` };
   }
   return { unknown: `the source port is chosen by the kernel from ${spanText(value)}` };
 }
 
 export function notTri(tri: Tri): Tri {
-  return isUnknown(tri) ? tri : !tri;
+  if (!isUnknown(tri)) return !tri;
+  return tri.unknown.startsWith(ASKED) ? { unknown: tri.unknown.replace(ASKED, `${ASKED}not `) } : tri;
 }
 
 /** True if any is, else unknown if any is. */
 export function anyTri(all: Iterable<Tri>): Tri {
   let unknown: Unknown | undefined;
+  const sources = new Set<string>();
   for (const tri of all) {
     if (tri === true) return true;
-    if (isUnknown(tri)) unknown = tri;
+    if (!isUnknown(tri)) continue;
+    if (tri.unknown.startsWith(ITS_SOURCE)) sources.add(tri.unknown.replace(ASKED, ""));
+    else unknown = tri;
   }
-  return unknown ?? false;
+  if (unknown !== undefined || sources.size === 0) return unknown ?? false;
+  return sources.size > MAX_NAMED || sources.has(ITS_SOURCE)
+    ? { unknown: ITS_SOURCE }
+    : { unknown: `${ASKED}${[...sources].join(" or ")}` };
 }
 
 /** False if any is, else unknown if any is. */

@@ -14,7 +14,7 @@ import {
 } from "./packet.ts";
 import { buildRuleset, readListing } from "./ruleset.ts";
 import { type HopLine, hopLine, verdictOf } from "./tell.ts";
-import { isBalanced, sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
+import { isBalanced, isCut, sameEnd, type Way, walkIn, walkOut } from "./walk.ts";
 import { type Machine, readWorld } from "./world.ts";
 
 /** The first packet of one connection. */
@@ -173,10 +173,6 @@ export function packetText({ protocol, by, to }: Question): string {
   const target = protocol === "icmp" ? to.address : `${bracketed(to.address)}:${to.port}`;
   return `${protocol} ${"sender" in by ? `of ${by.label}` : `from ${by.from}`} to ${target}`;
 }
-
-/** Ways that were given up because there are too many. */
-export const isCut = (group: readonly Way[]): boolean =>
-  group.some(({ because }) => because.some((why) => why.startsWith("there are more than")));
 
 function ending(way: Way): Ending {
   const { packet, end } = way;

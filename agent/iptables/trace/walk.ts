@@ -12,7 +12,7 @@ import {
   type Verdict,
   type World,
 } from "./model.ts";
-import type { Packet, Span } from "./packet.ts";
+import { isAskedOfSource, type Packet, type Span } from "./packet.ts";
 
 /** One rule that did something with the packet. */
 export interface Hop {
@@ -46,12 +46,12 @@ export interface Way {
 /** One of several possibilities was followed: `choice` says which. */
 export interface Assumption {
   readonly why: string;
-  /** Place in its rule: one rule may have several of the same reason. */
-  readonly step: number;
+  /** Two that have the same are the same question: in one place of one rule, or of the sender in any. */
+  readonly question: string;
   readonly choice: number;
+  /** How many choices there were; undefined: nobody can say. */
+  readonly of: number | undefined;
 }
-
-export const assumptionKey = ({ why, step }: Pick<Assumption, "why" | "step">): string => `${step} ${why}`;
 
 interface State {
   readonly packet: Packet;
@@ -63,6 +63,8 @@ interface Ended extends State {
 }
 
 const MAX_WAYS = 64;
+/** Of a packet that stands for those of every sender. */
+const MAX_KINDS = 128;
 const MAX_DEPTH = 32;
 
 /** All ways of a packet that this machine's own process sends. Pure. */
@@ -316,7 +318,10 @@ function inOrder(slots: readonly Slot[], from: readonly Ended[], what: string): 
       outcomes.length === 1
         ? outcomes.flat()
         : outcomes.flatMap((states, choice) =>
-            states.map((state) => ({ ...state, because: [...state.because, { why, step: 0, choice }] })),
+            states.map((state) => ({
+              ...state,
+              because: [...state.because, { why, question: why, choice, of: outcomes.length }],
+            })),
           );
     current = merged(results);
   }
@@ -368,6 +373,7 @@ function runChain(
     const next: State[] = [];
     for (const each of going) {
       for (const turn of runRule(rule, each.packet, world)) {
+        if (turn.because.some((one) => each.because.some((two) => denies(one, two)))) continue;
         const because = [...each.because, ...turn.because];
         if (turn.does === "miss" && turn.packet === each.packet) {
           next.push({ ...each, because });
@@ -425,6 +431,11 @@ interface RuleTurn {
   readonly because: readonly Assumption[];
 }
 
+function assumption(because: string, rule: TraceRule, step: number, choice: number, of: number): Assumption {
+  const why = `${because} (in \`${rule.text}\`)`;
+  return { why, question: isAskedOfSource(because) ? because : `${step} ${why}`, choice, of };
+}
+
 /** All steps of one rule, one after the other, until one misses or decides. */
 function runRule(rule: TraceRule, packet: Packet, world: World): RuleTurn[] {
   let going: RuleTurn[] = [{ packet, does: "on", because: [] }];
@@ -432,13 +443,12 @@ function runRule(rule: TraceRule, packet: Packet, world: World): RuleTurn[] {
   for (const [step, take] of rule.steps.entries()) {
     const next: RuleTurn[] = [];
     for (const at of going) {
-      for (const [choice, turn] of take(at.packet, world).entries()) {
-        const why = `${turn.because} (in \`${rule.text}\`)`;
-        const made =
-          turn.because === undefined ? undefined : world.assumed?.get(assumptionKey({ why, step }));
-        if (made !== undefined && made !== choice) continue;
-        const open = turn.because !== undefined && made === undefined;
-        const because = open ? [...at.because, { why, step, choice }] : at.because;
+      const turns = take(at.packet, world);
+      for (const [choice, turn] of turns.entries()) {
+        const because =
+          turn.because === undefined
+            ? at.because
+            : [...at.because, assumption(turn.because, rule, step, choice, turns.length)];
         (turn.does === "on" ? next : done).push({ ...turn, because });
       }
     }
@@ -447,8 +457,13 @@ function runRule(rule: TraceRule, packet: Packet, world: World): RuleTurn[] {
   return [...done, ...going];
 }
 
+/** The same sender cannot be both. Chance is another one each time. */
+const denies = (one: Assumption, two: Assumption): boolean =>
+  one.question === two.question && one.choice !== two.choice && isAskedOfSource(one.question);
+
 /** Ways that have become the same are one again, and nothing that only one of them assumed matters any more. */
 function merged<S extends State>(states: readonly S[]): S[] {
+  if (states.some(({ packet }) => packet.fromAnywhere)) return cut(folded(states), MAX_KINDS);
   const by = new Map<string, S>();
   for (const state of states) {
     const key = stateKey(state);
@@ -463,16 +478,40 @@ function merged<S extends State>(states: readonly S[]): S[] {
           },
     );
   }
-  const all = [...by.values()];
-  if (all.length <= MAX_WAYS) return all;
-  const why = `there are more than ${MAX_WAYS} ways, and only as many were followed`;
+  return cut([...by.values()], MAX_WAYS);
+}
+
+/**
+ * Of a packet that stands for many it matters who goes which way: ways are one again only where every choice at the last
+ * question led to the same.
+ */
+function folded<S extends State>(states: readonly S[]): readonly S[] {
+  const groups = Map.groupBy(states, (state) => {
+    const last = state.because.at(-1);
+    return JSON.stringify([stateKey(state), state.because.slice(0, -1), last?.question]);
+  });
+  const next = [...groups.values()].flatMap((group) => {
+    const choices = new Map(group.map((state) => [state.because.at(-1)?.choice, state]));
+    const [first] = group;
+    if (first === undefined || choices.size !== first.because.at(-1)?.of) return [...choices.values()];
+    return [{ ...first, because: first.because.slice(0, -1) }];
+  });
+  return next.length < states.length ? folded(next) : states;
+}
+
+function cut<S extends State>(all: readonly S[], most: number): S[] {
+  if (all.length <= most) return [...all];
+  const why = `there are more than ${most} ways, and only as many were followed`;
   return all
-    .slice(0, MAX_WAYS)
-    .map((state) => ({ ...state, because: [...state.because, { why, step: 0, choice: 0 }] }));
+    .slice(0, most)
+    .map((state) => ({
+      ...state,
+      because: [...state.because, { why, question: why, choice: 0, of: undefined }],
+    }));
 }
 
 const sameAssumption = (one: Assumption, two: Assumption): boolean =>
-  one.why === two.why && one.step === two.step && one.choice === two.choice;
+  one.question === two.question && one.choice === two.choice;
 
 function stateKey(state: State & { readonly end?: "through" | End }): string {
   return JSON.stringify([packetKey(state.packet), state.end === undefined ? "" : endKey(state.end)]);
@@ -512,6 +551,10 @@ export function isBalanced(groups: readonly (readonly Way[])[]): boolean {
     )
   );
 }
+
+/** Ways that were given up because there are too many. */
+export const isCut = (group: readonly Way[]): boolean =>
+  group.some(({ because }) => because.some((why) => why.startsWith("there are more than")));
 
 /** Ways with the same end, as far as the sender and the receiver can tell. */
 export function sameEnd(ways: readonly Way[]): Way[][] {
