@@ -175,41 +175,81 @@ describe("what capture changes", () => {
     expect(door && difference(where, door, 9000)?.effect).toBe(want);
   });
 
+  const left = (protocol: string, field: string) => ({ payload: { protocol, field } });
+  const from = (right: unknown) => ({ match: { op: "==", left: left("ip", "saddr"), right } });
+  const to = (right: number) => ({ match: { op: "==", left: left("tcp", "dport"), right } });
+  const ACCEPT = { accept: null };
+  const pair = { concat: [left("ip", "saddr"), left("tcp", "dport")] };
+  const pairs = (...of: [unknown, number][]) => of.map(([net, port]) => ({ concat: [net, port] }));
   test.for([
     {
       name: "one set of senders, asked for both",
-      right: { set: [NET, "192.0.2.77"] },
-      and: { set: [NET, "192.0.2.77"] },
+      rules: [
+        [from({ set: [NET, "192.0.2.77"] }), to(9000), ACCEPT],
+        [from({ set: [NET, "192.0.2.77"] }), to(15_006), ACCEPT],
+      ],
       want: undefined,
     },
-    { name: "two sets", right: { set: [NET, "192.0.2.77"] }, and: { set: [NET] }, want: "opens or shuts" },
-    { name: "a set that nobody can read", right: "@gone", and: "@gone", want: "opens or shuts" },
-  ])("of nft, $name", ({ right, and, want }) => {
+    {
+      name: "two sets",
+      rules: [
+        [from({ set: [NET, "192.0.2.77"] }), to(9000), ACCEPT],
+        [from({ set: [NET] }), to(15_006), ACCEPT],
+      ],
+      want: "opens or shuts",
+    },
+    {
+      name: "one set of pairs, the same network for each port",
+      rules: [
+        [{ match: { op: "==", left: pair, right: { set: pairs([NET, 9000], [NET, 15_006]) } } }, ACCEPT],
+      ],
+      want: undefined,
+    },
+    {
+      name: "one set of pairs, another network for each port",
+      rules: [
+        [
+          { match: { op: "==", left: pair, right: { set: pairs([NET, 9000], ["192.0.2.77", 15_006]) } } },
+          ACCEPT,
+        ],
+      ],
+      want: "opens or shuts",
+    },
+    {
+      name: "one map of pairs, another network for each port",
+      rules: [
+        [
+          {
+            vmap: {
+              key: pair,
+              data: { set: pairs([NET, 9000], ["192.0.2.77", 15_006]).map((each) => [each, ACCEPT]) },
+            },
+          },
+        ],
+      ],
+      want: "opens or shuts",
+    },
+    {
+      name: "a set that nobody can read",
+      rules: [
+        [from("@gone"), to(9000), ACCEPT],
+        [from("@gone"), to(15_006), ACCEPT],
+      ],
+      want: "opens or shuts",
+    },
+  ])("of nft, $name", ({ rules, want }) => {
     const at = { family: "inet", table: "own", chain: "in" };
     const base = { type: "filter", hook: "input", prio: 0, policy: "drop" };
-    const left = (protocol: string, field: string) => ({ payload: { protocol, field } });
-    const rule = (handle: number, senders: unknown, port: number) => ({
-      rule: {
-        ...at,
-        handle,
-        expr: [
-          { match: { op: "==", left: left("ip", "saddr"), right: senders } },
-          { match: { op: "==", left: left("tcp", "dport"), right: port } },
-          { accept: null },
-        ],
-      },
-    });
     const nftJson = JSON.stringify({
       nftables: [
         { table: { family: "inet", name: "own" } },
         { chain: { ...at, name: "in", ...base } },
-        rule(1, right, 9000),
-        rule(2, and, 15_006),
+        ...rules.map((expr, handle) => ({ rule: { ...at, handle, expr } })),
       ],
     });
     const natives = [{ table: "inet own", listing: { nftJson, nftText: "", nftNetlink: "" } }];
-    const rules = { 4: inputRuleset([], natives, 4), 6: inputRuleset([], natives, 6) };
-    const where = placeOf({ rules, ipSets: new Map() }, ADDRESSES, []);
+    const input = { 4: inputRuleset([], natives, 4), 6: inputRuleset([], natives, 6) };
+    const where = placeOf({ rules: input, ipSets: new Map() }, ADDRESSES, []);
     const [door] = where.doors;
     expect(door && difference(where, door, 9000)?.effect).toBe(want);
   });

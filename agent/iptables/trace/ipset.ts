@@ -89,7 +89,11 @@ export function inIpSet(sets: IpSets, name: string, packet: Packet, directions: 
     if (best === undefined || size < best.size) best = { size, nomatch };
   }
   if (best !== undefined) return !best.nomatch;
-  return anyTri(unsure);
+  const all = anyTri(unsure);
+  // With exceptions it is another question than that of its networks.
+  return isUnknown(all) && set.elements.some(({ nomatch }) => nomatch)
+    ? { unknown: all.unknown.replace(": ", ` by the set ${name}: `) }
+    : all;
 }
 
 function sizeOf(parts: readonly string[]): bigint {

@@ -295,20 +295,31 @@ function lookup(
     };
   }
   let fallback: Json;
+  const asked: { readonly data: Json; readonly because: string }[] = [];
   for (const [pattern, data] of elements) {
     if (pattern === "*") {
       fallback = data;
       continue;
     }
     const hit = matches(key, pattern, sets, text);
-    if (hit === true) return { data: [data] };
+    if (hit === true) {
+      fallback = data;
+      break;
+    }
     if (isUnknown(hit)) {
-      // Which of the elements it is: no answer to the question of one.
-      const because = isAskedOfSource(hit.unknown) ? ITS_SOURCE : hit.unknown;
-      return { data: elements.map(([, each]) => each), because, mayMiss: true };
+      if (!isAskedOfSource(hit.unknown))
+        return { data: elements.map(([, each]) => each), because: hit.unknown, mayMiss: true };
+      asked.push({ data, because: hit.unknown });
     }
   }
-  return { data: fallback === undefined ? [] : [fallback] };
+  const rest = fallback === undefined ? [] : [fallback];
+  if (asked.length === 0) return { data: rest };
+  return {
+    data: [...asked.map((each) => each.data), ...rest],
+    // Which of them it is: no answer to the question of one.
+    because: `${ITS_SOURCE}, of these ${asked.map((each) => each.because).join(" or ")}`,
+    ...(fallback === undefined ? { mayMiss: true } : {}),
+  };
 }
 
 function mapped({ key, data }: Bag, sets: Sets): Read {

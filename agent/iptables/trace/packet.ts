@@ -142,8 +142,6 @@ const LOOPBACK: Readonly<Record<Family, Span>> = {
 /** What cannot be told of a packet that stands for those of every sender; behind a colon, what was asked. */
 export const ITS_SOURCE = "where it comes from";
 const ASKED = `${ITS_SOURCE}: `;
-/** More are not named one by one. */
-const MAX_NAMED = 3;
 
 /** Has this reason one answer for one sender, in whatever rule? */
 export const isAskedOfSource = (because: string): boolean => because.startsWith(ASKED);
@@ -210,9 +208,8 @@ export function anyTri(all: Iterable<Tri>): Tri {
     else unknown = tri;
   }
   if (unknown !== undefined || sources.size === 0) return unknown ?? false;
-  return sources.size > MAX_NAMED || sources.has(ITS_SOURCE)
-    ? { unknown: ITS_SOURCE }
-    : { unknown: `${ASKED}${[...sources].join(" or ")}` };
+  // All of them: what is asked of one port may name other networks than what is asked of another.
+  return { unknown: `${sources.has(ITS_SOURCE) ? `${ITS_SOURCE}, ` : ASKED}${[...sources].join(" or ")}` };
 }
 
 /** False if any is, else unknown if any is. */

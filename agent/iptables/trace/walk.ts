@@ -66,6 +66,8 @@ const MAX_WAYS = 64;
 /** Of a packet that stands for those of every sender. */
 const MAX_KINDS = 128;
 const MAX_DEPTH = 32;
+/** Characters of a reason: a set may have thousands of networks. */
+const MAX_TOLD = 200;
 
 /** All ways of a packet that this machine's own process sends. Pure. */
 export function walkOut(rules: Ruleset, world: World, packet: Packet): Way[] {
@@ -432,8 +434,9 @@ interface RuleTurn {
 }
 
 function assumption(because: string, rule: TraceRule, step: number, choice: number, of: number): Assumption {
-  const why = `${because} (in \`${rule.text}\`)`;
-  return { why, question: isAskedOfSource(because) ? because : `${step} ${why}`, choice, of };
+  const question = isAskedOfSource(because) ? because : `${step} ${because} (in \`${rule.text}\`)`;
+  const short = because.length > MAX_TOLD ? `${because.slice(0, MAX_TOLD)}…` : because;
+  return { why: `${short} (in \`${rule.text}\`)`, question, choice, of };
 }
 
 /** All steps of one rule, one after the other, until one misses or decides. */
@@ -502,12 +505,10 @@ function folded<S extends State>(states: readonly S[]): readonly S[] {
 function cut<S extends State>(all: readonly S[], most: number): S[] {
   if (all.length <= most) return [...all];
   const why = `there are more than ${most} ways, and only as many were followed`;
-  return all
-    .slice(0, most)
-    .map((state) => ({
-      ...state,
-      because: [...state.because, { why, question: why, choice: 0, of: undefined }],
-    }));
+  return all.slice(0, most).map((state) => ({
+    ...state,
+    because: [...state.because, { why, question: why, choice: 0, of: undefined }],
+  }));
 }
 
 const sameAssumption = (one: Assumption, two: Assumption): boolean =>
