@@ -2,6 +2,7 @@ import { type IncomingMessage, request } from "node:http";
 import type { Readable } from "node:stream";
 import { messageOf, VmmeshError } from "../core/errors.ts";
 import { PORTS } from "../core/paths.ts";
+import { textWithin } from "../core/textWithin.ts";
 import type { Host } from "../platform/host.ts";
 import { type EnvoyVersion, parseEnvoyVersion } from "./version.ts";
 
@@ -155,14 +156,8 @@ export class EnvoyAdmin {
     signal?: AbortSignal,
     accepted?: readonly number[],
   ): Promise<string> {
-    const chunks: Buffer[] = [];
-    let size = 0;
-    for await (const chunk of (await this.#open(method, path, signal, accepted)) as AsyncIterable<Buffer>) {
-      size += chunk.length;
-      if (size > MAX_TEXT_BYTES) throw refusal(path, `more than ${MAX_TEXT_BYTES} bytes`);
-      chunks.push(chunk);
-    }
-    return Buffer.concat(chunks).toString("utf8");
+    const message = await this.#open(method, path, signal, accepted);
+    return textWithin(message, MAX_TEXT_BYTES, () => refusal(path, `more than ${MAX_TEXT_BYTES} bytes`));
   }
 
   async #open(

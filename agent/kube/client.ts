@@ -1,5 +1,6 @@
 import { Agent, type Dispatcher, ProxyAgent, request } from "undici";
 import { VmmeshError } from "../core/errors.ts";
+import { textWithin } from "../core/textWithin.ts";
 import { type Fields, fieldsOf, isFields, textOf } from "../mesh/yaml.ts";
 import type { KubeAccess } from "./kubeconfig.ts";
 import { whyUnreachable } from "./unreachable.ts";
@@ -88,6 +89,7 @@ const CONNECT_TIMEOUT_MS = 10_000;
 const ANSWER_TIMEOUT_MS = 30_000;
 /** The longest list that a join asks for is a cluster's nodes or services; one object of Kubernetes is below 2 MiB. */
 const MAX_ANSWER_BYTES = 64 * 1024 * 1024;
+const tooLong = (): Error => new Error(`its answer is longer than ${MAX_ANSWER_BYTES} bytes`);
 const FIELD_MANAGER = "vmmesh";
 
 /** The API server grants no less. */
@@ -236,23 +238,14 @@ export class KubeClient implements AsyncDisposable {
         },
         ...(call.body === undefined ? {} : { body: JSON.stringify(call.body) }),
       });
-      return { status: response.statusCode, ...parsedBody(await textIn(response.body)) };
+      return {
+        status: response.statusCode,
+        ...parsedBody(await textWithin(response.body, MAX_ANSWER_BYTES, tooLong)),
+      };
     } catch (cause) {
       throw whyUnreachable(cause, this.#access);
     }
   }
-}
-
-/** @throws {Error} and closes the connection if there is more than may be */
-async function textIn(body: AsyncIterable<Buffer>): Promise<string> {
-  const chunks: Buffer[] = [];
-  let size = 0;
-  for await (const chunk of body) {
-    size += chunk.length;
-    if (size > MAX_ANSWER_BYTES) throw new Error(`its answer is longer than ${MAX_ANSWER_BYTES} bytes`);
-    chunks.push(chunk);
-  }
-  return Buffer.concat(chunks).toString();
 }
 
 interface Answer {

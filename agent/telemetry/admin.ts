@@ -1,6 +1,7 @@
 import type { IncomingMessage } from "node:http";
 import type { Duplex } from "node:stream";
 import { messageOf, VmmeshError } from "../core/errors.ts";
+import { textWithin } from "../core/textWithin.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host, Listener } from "../platform/host.ts";
 import { fetchOver, reply, serveHttp } from "./http.ts";
@@ -83,15 +84,12 @@ async function readReason(request: IncomingMessage): Promise<string> {
   return reason;
 }
 
-async function readBody(message: IncomingMessage, maxBytes: number): Promise<string> {
-  const chunks: Buffer[] = [];
-  let size = 0;
-  for await (const chunk of message as AsyncIterable<Buffer>) {
-    size += chunk.length;
-    if (size > maxBytes) throw new VmmeshError("USAGE", `more than ${maxBytes} bytes were sent`);
-    chunks.push(chunk);
-  }
-  return Buffer.concat(chunks).toString();
+function readBody(message: IncomingMessage, maxBytes: number): Promise<string> {
+  return textWithin(
+    message,
+    maxBytes,
+    () => new VmmeshError("USAGE", `more than ${maxBytes} bytes were sent`),
+  );
 }
 
 /** Parses JSON; the other side's texts end on root's terminal, where an escape sequence of a broken agent would be obeyed. */
