@@ -1,5 +1,6 @@
 import { VmmeshError } from "../core/errors.ts";
 import { type Paths, paths } from "../core/paths.ts";
+import { mayReadRules } from "../iptables/trace/glimpse.ts";
 import type { Host } from "../platform/host.ts";
 import { linuxHost } from "../platform/linux.ts";
 import {
@@ -29,9 +30,6 @@ export function requireRoot(what: string): void {
   });
 }
 
-/** Number of CAP_NET_ADMIN. @see capability.h */
-const NET_ADMIN = 12n;
-
 /**
  * For a command that takes rules out: one that the kernel refuses half-way has given up the record before it learns so.
  *
@@ -39,9 +37,7 @@ const NET_ADMIN = 12n;
  */
 export async function requireNetAdmin({ host }: Context, what: string): Promise<void> {
   requireRoot(what);
-  const status = await host.files.readText("/proc/self/status");
-  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(status ?? "")?.[1];
-  if (effective === undefined || ((BigInt(`0x${effective}`) >> NET_ADMIN) & 1n) === 1n) return;
+  if (await mayReadRules(host.files)) return;
   throw new VmmeshError(
     "RULES_PRIVILEGE",
     `${what} changes the firewall, and root lacks CAP_NET_ADMIN here`,

@@ -1,11 +1,10 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { coversCidr, parseCidr } from "../core/net.ts";
 import { PROBE_ADDRESS } from "../core/paths.ts";
 import { describePlan } from "./plan/describe.ts";
 import type { CaptureWish, MachineFacts } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
-import { parsePolicyRule } from "./policy.ts";
+import { parsePolicyRule, sameNetwork } from "./policy.ts";
 import { renderPlan } from "./render.ts";
 import { isHook, MAX_WHY, type Match } from "./rules.ts";
 
@@ -300,12 +299,6 @@ describe("safety", () => {
     fc.tuple(fc.ipV4(), fc.integer({ min: 0, max: 32 })).map(([ip, bits]) => `${ip}/${bits}`),
     fc.tuple(fc.ipV6(), fc.integer({ min: 0, max: 128 })).map(([ip, bits]) => `${ip}/${bits}`),
   );
-  const isSame = (one: string, other: string): boolean => {
-    const [first, second] = [parseCidr(one), parseCidr(other)];
-    return (
-      first !== undefined && second !== undefined && coversCidr(first, second) && coversCidr(second, first)
-    );
-  };
   const id = fc.integer({ min: 0, max: 1000 });
   const otherId = fc.integer({ min: 1001, max: 2000 });
   const wishes: fc.Arbitrary<CaptureWish> = fc.record({
@@ -330,7 +323,7 @@ describe("safety", () => {
       // What contradicts itself is refused, and has its own test.
       .map((it) => ({
         ...it,
-        excludeCidrs: it.excludeCidrs.filter((item) => !it.cidrs.some((other) => isSame(item, other))),
+        excludeCidrs: it.excludeCidrs.filter((item) => !it.cidrs.some((other) => sameNetwork(item, other))),
         excludePorts: it.excludePorts.filter((item) => !it.includePorts.includes(item)),
       })),
     senders: fc.record({

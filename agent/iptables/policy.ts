@@ -64,7 +64,12 @@ export function formatPolicyRule({ direction, to, port, failure }: PolicyRule): 
 
 /** Do both speak of the same connections? */
 export function samePlace(a: PolicyRule, b: PolicyRule): boolean {
-  return a.direction === b.direction && a.port === b.port && inside(a.to, b.to) && inside(b.to, a.to);
+  return a.direction === b.direction && a.port === b.port && sameNetwork(a.to, b.to);
+}
+
+/** Two destinations (`*` or a prefix) are the same, host bits aside. */
+export function sameNetwork(a: string, b: string): boolean {
+  return inside(a, b) && inside(b, a);
 }
 
 /** Is destination `inner` (`*` or a prefix) wholly part of `outer`? */

@@ -1,6 +1,6 @@
 import { VmmeshError } from "../../core/errors.ts";
-import { coversCidr, parseCidr } from "../../core/net.ts";
 import type { CapturePlan } from "../plan.ts";
+import { sameNetwork } from "../policy.ts";
 import type { Match } from "../rules.ts";
 import type { CaptureWish, Senders, UnitCgroup } from "./wish.ts";
 
@@ -33,7 +33,9 @@ export function checkScope(wish: Pick<CaptureWish, "outbound" | "senders">): voi
     ["unit", unitNames(only), unitNames(never)],
   ];
   for (const [what, included, excluded] of pairs) {
-    const both = included.find((item) => excluded.some((other) => isSame(item, other)));
+    const both = included.find((item) =>
+      excluded.some((other) => item === other || sameNetwork(String(item), String(other))),
+    );
     if (both !== undefined)
       throw new VmmeshError("USAGE", `${what} ${both} is both included and excluded`, {
         next: "Leave one of the two out of the join options or sidecar.env, then run the command again.",
@@ -57,10 +59,3 @@ export function chosenUnits({ senders }: Pick<CaptureWish, "senders">): CaptureP
 }
 
 const NOBODY: Senders = { uids: [], gids: [] };
-
-/** Networks are the same with other host bits, too. */
-function isSame(one: string | number, other: string | number): boolean {
-  const [first, second] = [parseCidr(String(one)), parseCidr(String(other))];
-  if (first === undefined || second === undefined) return one === other;
-  return coversCidr(first, second) && coversCidr(second, first);
-}

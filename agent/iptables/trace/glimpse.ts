@@ -5,7 +5,7 @@ import type { Socket, World } from "./model.ts";
 import { addressNumber, endpointText } from "./packet.ts";
 import { openWorld, type Question, ways } from "./trace.ts";
 
-/** CAP_NET_ADMIN, bit 12 (capability.h): without it nobody may read the rules. */
+/** CAP_NET_ADMIN, bit 12 (capability.h): without it nobody may read the rules, or change them. */
 export async function mayReadRules(files: Pick<Reads["files"], "readText">): Promise<boolean> {
   const status = (await files.readText("/proc/self/status")) ?? "";
   const effective = BigInt(`0x${/^CapEff:\s*([0-9a-f]+)/m.exec(status)?.[1] ?? "0"}`);
