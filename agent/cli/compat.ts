@@ -1,4 +1,5 @@
 import { VmmeshError } from "../core/errors.ts";
+import { RESOLV_CONF } from "../core/paths.ts";
 import { canonicalAddress } from "../iptables/compat/address.ts";
 import { compatFacts, type GivenFacts } from "../iptables/compat/facts.ts";
 import { type FlagSpec, parseCompat } from "../iptables/compat/flags.ts";
@@ -53,7 +54,7 @@ export async function planOfPeer(options: Options): Promise<number> {
   };
   const machine = {
     addresses: host.net.addresses().map(({ address }) => address),
-    resolvConf: await host.files.readText("/etc/resolv.conf"),
+    resolvConf: await host.files.readText(RESOLV_CONF),
     passwd: await host.files.readText("/etc/passwd"),
   };
   const family = oneOf("family", ["ipv6", "ipv4"]) === true ? 6 : 4;

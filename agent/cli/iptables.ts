@@ -57,7 +57,9 @@ export async function apply(options: Options): Promise<number> {
   const context = openContext(options);
   const { services, owners } = await openServices(context);
   await using _lock = await takeLock(context);
-  const changed = (): Promise<boolean> => resolversChanged(context.host, context.paths.rules);
+  const { files } = context.host;
+  const changed = async (): Promise<boolean> =>
+    resolversChanged(files, (await readState(files, context.paths.rules, "confirmed"))?.state.plan.resolvers);
   const asked = flag(options, "if-resolvers-changed");
   if (asked && !(await changed())) {
     print(wantsJson(options) ? { applied: false } : "the rules capture what resolv.conf names");

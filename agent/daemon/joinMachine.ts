@@ -1,5 +1,5 @@
 import { messageOf, VmmeshError } from "../core/errors.ts";
-import { type Paths, PORTS } from "../core/paths.ts";
+import { type Paths, PORTS, RESOLV_CONF } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { parseResolvConf } from "../dns/resolvConf.ts";
 import { enrollByAny } from "../identity/credentials.ts";
@@ -151,7 +151,7 @@ interface Check {
 
 async function connectivityChecks(host: Host, workload: Workload): Promise<Check[]> {
   const target = await istiodTarget(host, workload, "");
-  const { servers } = parseResolvConf((await host.files.readText("/etc/resolv.conf")) ?? "");
+  const { servers } = parseResolvConf((await host.files.readText(RESOLV_CONF)) ?? "");
   const connects = (address: string, port: number) => async (): Promise<boolean> => {
     try {
       (await host.net.connectTcp(address, port, { timeoutMs: CHECK_TIMEOUT_MS })).destroy();

@@ -22,7 +22,7 @@ export async function repairCapture(
   const report = await loadConfirmed(host, paths.rules);
   if (report.state === "nothing confirmed") return;
   // systemd's path unit watches the file behind a link, and does not see another put in the place of the link.
-  if (report.state !== "trial running" && (await resolversChanged(host, paths.rules)))
+  if (await resolversChanged(host.files, report.resolvers))
     await tryRun(host, { argv: ["systemctl", "start", "--no-block", UNITS.resolvers] });
   const state = await readCaptureState(host.files, paths);
   for (const line of report.repaired) say(`repaired: ${line}`);

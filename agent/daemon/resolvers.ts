@@ -1,17 +1,19 @@
 import { RESOLV_CONF } from "../core/paths.ts";
 import { capturedServers, readResolvConf } from "../dns/resolvConf.ts";
-import { readState } from "../iptables/apply.ts";
 import type { Host } from "../platform/host.ts";
 
 /**
- * Does resolv.conf name other servers than those whose questions the confirmed rules capture? A file that names none, as
- * at the end of a DHCP lease, asks for nothing.
+ * Does resolv.conf name other servers than those whose questions are captured? A file that names none, as at the end of a
+ * DHCP lease, asks for nothing.
+ *
+ * @param captured by the rules in force; undefined: nobody's
  */
-export async function resolversChanged(host: Pick<Host, "files">, rulesDir: string): Promise<boolean> {
-  const text = (await host.files.readText(RESOLV_CONF)) ?? "";
-  const confirmed = await readState(host.files, rulesDir, "confirmed");
-  if (confirmed?.state.plan.resolvers === undefined || readResolvConf(text).servers.length === 0)
-    return false;
-  const captured = [...confirmed.state.plan.resolvers].sort();
-  return capturedServers(text).sort().join() !== captured.join();
+export async function resolversChanged(
+  files: Pick<Host["files"], "readText">,
+  captured: readonly string[] | undefined,
+): Promise<boolean> {
+  if (captured === undefined) return false;
+  const text = (await files.readText(RESOLV_CONF)) ?? "";
+  if (readResolvConf(text).servers.length === 0) return false;
+  return capturedServers(text).sort().join() !== captured.toSorted().join();
 }

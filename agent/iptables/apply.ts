@@ -697,6 +697,8 @@ export interface LoadReport {
   readonly repaired: readonly string[];
   /** Whose tables they are in, and why there. */
   readonly backend?: string;
+  /** Whose port 53 they capture. */
+  readonly resolvers?: readonly string[];
   /** A trial that a reboot or a lost timer had left over was dropped. */
   readonly droppedTrial: boolean;
 }
@@ -746,6 +748,7 @@ export async function loadConfirmed(host: Applies, rulesDir: string): Promise<Lo
     state: repaired.length > 0 ? "repaired" : "in place",
     repaired,
     backend: backendWords(plan),
+    ...(plan.resolvers === undefined ? {} : { resolvers: plan.resolvers }),
     droppedTrial: dropped,
   };
 }
