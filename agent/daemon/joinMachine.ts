@@ -93,8 +93,14 @@ export function joinMachine(
       await refuseSharedRouting(host, plan);
       // The mode was changed since the join: Envoy's listener first, a handover to one that is not transparent goes nowhere.
       if (await grantEnvoy(machine, workload.interception.mode)) {
-        await services.restart(UNITS.agent);
-        await services.restart(UNITS.envoy);
+        // Not beside the new agent: it would open istiod's stream in the name of the former Envoy, with the former mode, and
+        // the next one would be given listeners that it cannot have.
+        await services.stop(UNITS.envoy);
+        try {
+          await services.restart(UNITS.agent);
+        } finally {
+          await services.start(UNITS.envoy);
+        }
         await machine.awaitReady(READY_WITHIN_MS, signal);
       }
       const checks = await passing(await connectivityChecks(host, workload), signal);
