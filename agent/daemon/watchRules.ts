@@ -58,7 +58,7 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
     return undefined;
   };
   const watchDuel = async (): Promise<void> => {
-    while (!pace.quiet(clock.monotonicMs())) await clock.sleep(SECOND_MS, signal);
+    while (pace.contested(clock.monotonicMs())) await clock.sleep(SECOND_MS, signal);
     deps.conditions.clear("rules-contested");
   };
 
@@ -76,21 +76,21 @@ export async function watchRules(deps: WatchDeps, signal: AbortSignal): Promise<
     if (change.kind === "foreign") {
       const { by, weight } = change;
       // A repair was asked for at once, or comes within a duel's pace: it would have been heard of by now.
-      if (moved !== undefined && now - moved.at > HARMLESS_MS + (pace.slow ? PACE.slowMs : 0))
+      if (moved !== undefined && now - moved.at > HARMLESS_MS + (pace.contested(now) ? PACE.earnMs : 0))
         moved = undefined;
       // Who takes out a rule and puts one in ahead of us is known by the second.
       if (moved === undefined || weight > moved.weight) moved = { by, at: moved?.at ?? now, weight };
-      const wasSlow = pace.slow;
+      const wasContested = pace.contested(now);
       await ask(now);
       log.debug(`${change.by.program} changed rules beside ours: ${change.line}`);
-      if (pace.slow && !wasSlow) void watchDuel().catch(() => undefined);
-      if (pace.slow)
-        deps.conditions.raise(
-          "rules-contested",
-          "warning",
-          `${change.by.program} takes our redirect out of its place as often as it is put back; guard and fence hold the traffic`,
-          `Find out why ${change.by.program} keeps writing its rules; \`vmmesh iptables audit\` shows which stand ahead.`,
-        );
+      if (!pace.contested(now)) continue;
+      if (!wasContested) void watchDuel().catch(() => undefined);
+      deps.conditions.raise(
+        "rules-contested",
+        "warning",
+        `${change.by.program} takes our redirect out of its place as often as it is put back; guard and fence hold the traffic`,
+        `Find out why ${change.by.program} keeps writing its rules; \`vmmesh iptables audit\` shows which stand ahead.`,
+      );
       continue;
     }
     if (moved === undefined) continue;

@@ -166,18 +166,27 @@ describe("the pace", () => {
   test("a duel is answered slowly, but always, until it is over", () => {
     const pace = new Pace();
     const asked = storm(pace, 60_000, true);
-    expect(asked.filter((at) => at < PACE.withinMs).length).toBeLessThanOrEqual(PACE.duel + 2);
-    expect(asked.filter((at) => at >= 20_000 && at < 60_000)).toHaveLength(8);
-    expect(pace.slow).toBe(true);
-    expect(pace.quiet(60_000)).toBe(false);
-    expect(pace.quiet(80_000)).toBe(true);
-    expect(pace.event(80_001)).toBe(0);
+    expect(asked.filter((at) => at < PACE.earnMs)).toHaveLength(PACE.burst);
+    expect(asked.filter((at) => at >= 20_000)).toHaveLength(40_000 / PACE.earnMs);
+    expect(pace.contested(60_000)).toBe(true);
+    expect(pace.contested(60_000 + (PACE.burst / 2) * PACE.earnMs)).toBe(false);
+    expect(pace.event(80_000)).toBe(0);
+  });
+
+  test("who displaces us every few seconds after many who did so at once is answered at once", () => {
+    const pace = new Pace();
+    storm(pace, 10_000, true);
+    for (const now of [15_000, 18_000, 21_000, 24_000, 27_000]) {
+      expect(pace.event(now)).toBe(0);
+      pace.requested(now);
+      pace.repaired(now);
+    }
   });
 
   test("who writes much beside us is no duel: looked at less often, and a displacement after it is not late", () => {
     const pace = new Pace();
     const asked = storm(pace, 60_000, false);
-    expect(pace.slow).toBe(false);
+    expect(pace.contested(60_000)).toBe(false);
     expect(asked.filter((at) => at >= 20_000).length).toBeLessThanOrEqual(40_000 / PACE.busyMs);
     expect(pace.event(60_000)).toBeLessThanOrEqual(PACE.busyMs);
     expect(pace.event(71_000)).toBe(0);

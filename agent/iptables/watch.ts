@@ -125,35 +125,34 @@ export const PACE = {
   busy: 20,
   withinMs: 10_000,
   busyMs: 250,
-  /** So many repairs within that time are a duel: a reload of firewalld, which wipes table by table, brings up to four. */
-  duel: 10,
-  /** … in which we answer no faster than this, until it has been quiet for `withinMs`. */
-  slowMs: 5000,
+  /** So many repairs may follow each other at once: a reload of firewalld, which wipes table by table, brings up to four. */
+  burst: 10,
+  /** … and then one in this time, at which the next is earned: a duel costs no more, and who writes now and then never waits. */
+  earnMs: 2000,
 } as const;
 
 /** Decides when to ask for a repair: the first event at once, a duel slowly, never not at all. Pure but for its memory. */
 export class Pace {
   #requests: number[] = [];
-  #repairs: number[] = [];
-  #lastEvent = Number.NEGATIVE_INFINITY;
-  #slow = false;
+  #spare: number = PACE.burst;
+  #earnedAt = 0;
+  #contested = false;
 
-  /** True from the event after the repair that made it a duel until `withinMs` without an event. */
-  get slow(): boolean {
-    return this.#slow;
+  /** True from the event that finds no repair to spare until half of a burst is earned again. */
+  contested(now: number): boolean {
+    this.#earn(now);
+    this.#contested &&= this.#spare < PACE.burst / 2;
+    return this.#contested;
   }
 
   /** @returns in how many milliseconds to ask for the repair of an event that came at `now` (monotonic) */
   event(now: number): number {
-    this.quiet(now);
-    this.#lastEvent = now;
-    const recent = (at: number): boolean => now - at < PACE.withinMs;
-    this.#requests = this.#requests.filter(recent);
-    this.#repairs = this.#repairs.filter(recent);
-    this.#slow ||= this.#repairs.length >= PACE.duel;
+    this.#earn(now);
+    this.#contested ||= this.#spare < 1;
+    this.#requests = this.#requests.filter((at) => now - at < PACE.withinMs);
     const last = this.#requests.at(-1) ?? Number.NEGATIVE_INFINITY;
-    const usual = this.#requests.length >= PACE.busy ? PACE.busyMs : PACE.apartMs;
-    return Math.max(0, last + (this.#slow ? PACE.slowMs : usual) - now);
+    const apart = this.#requests.length >= PACE.busy ? PACE.busyMs : PACE.apartMs;
+    return Math.max(0, last + apart - now, (1 - this.#spare) * PACE.earnMs);
   }
 
   /** A repair was asked for. */
@@ -163,15 +162,12 @@ export class Pace {
 
   /** Something of ours was displaced, and has been put right. */
   repaired(now: number): void {
-    this.#repairs.push(now);
+    this.#earn(now);
+    this.#spare = Math.max(0, this.#spare - 1);
   }
 
-  /** @returns true if a duel is over at `now` */
-  quiet(now: number): boolean {
-    if (!this.#slow || now - this.#lastEvent < PACE.withinMs) return false;
-    this.#slow = false;
-    this.#requests = [];
-    this.#repairs = [];
-    return true;
+  #earn(now: number): void {
+    this.#spare = Math.min(PACE.burst, this.#spare + (now - this.#earnedAt) / PACE.earnMs);
+    this.#earnedAt = now;
   }
 }
