@@ -2,6 +2,7 @@ import { VmmeshError } from "../core/errors.ts";
 import type { Command, CommandResult, Host } from "../platform/host.ts";
 import { type BackendEvidence, evidenceOf, nftRulesMatter, settleBackend } from "./backend.ts";
 import { runInTurn } from "./inTurn.ts";
+import { and, asksForClear, type Bits, clearAfter, isCertain, NO_BITS } from "./marks.ts";
 import {
   diverts,
   KNOWN_DIVERTERS,
@@ -415,10 +416,13 @@ export async function readTable(
     if (!tableRules(wanted, table).some((rule) => rule.chain === hook)) continue;
     const first = rules.findIndex((rule) => ours.includes(rule));
     if (first < 0) missing.push(hook);
+    let clear = NO_BITS;
     for (const [index, rule] of rules.slice(0, Math.max(first, 0)).entries()) {
       if (rule.target === "CT" || rule.target === "NOTRACK") untracking.push(rule.line);
-      const by = await divertingOwner(host, plan, family, table, rule, 0);
-      if (by === false) {
+      const end = await walkAhead(host, plan, family, table, rule, clear, 0);
+      const { by } = end;
+      clear = end.clear;
+      if (by === undefined) {
         benign.push(rule.line);
         continue;
       }
@@ -431,26 +435,42 @@ export async function readTable(
 
 const MAX_DEPTH = 5;
 
-/** false if the rule can keep no packet from us; else the program whose chain it is, empty if unknown. */
-async function divertingOwner(
+interface Passed {
+  /** undefined: the rule keeps no packet from us; else the program whose chain it is, empty if unknown. */
+  readonly by: string | undefined;
+  /** Bits of the mark that are certainly 0 in a packet that has come past it. */
+  readonly clear: Bits;
+}
+
+async function walkAhead(
   host: Reads,
   plan: CapturePlan,
   family: Family,
   table: Table,
   rule: ParsedRule,
+  clear: Bits,
   depth: number,
-): Promise<string | false> {
+): Promise<Passed> {
   const kind = diverts(rule);
-  if (kind === "no") return false;
+  if (kind === "no") return { by: undefined, clear: clearAfter(rule, clear) };
+  if (asksForClear(rule, clear)) return { by: undefined, clear };
   const chain = rule.target ?? "";
+  // Ours end nothing there: what is dropped ahead of them would be dropped behind them.
+  if (table === "raw" && chain === "DROP") return { by: undefined, clear };
   if (kind === "yes" || depth >= MAX_DEPTH || KNOWN_DIVERTERS.has(chain))
-    return ownerOfChain(chain) ?? ownerOfChain(rule.chain) ?? "";
+    return { by: ownerOfChain(chain) ?? ownerOfChain(rule.chain) ?? "", clear };
   const [rules = []] = await readChains(host, plan, family, table, [chain]);
+  let inside = clear;
+  // Who goes around the chain, or leaves it before its end, meets no more of its rules.
+  let leaves: Bits | undefined = isCertain(rule) ? undefined : clear;
   for (const inner of rules) {
-    const by = await divertingOwner(host, plan, family, table, inner, depth + 1);
-    if (by !== false) return by === "" ? (ownerOfChain(chain) ?? "") : by;
+    const passed = await walkAhead(host, plan, family, table, inner, inside, depth + 1);
+    if (passed.by !== undefined) return { by: passed.by || (ownerOfChain(chain) ?? ""), clear };
+    if (inner.target === "RETURN" || inner.words.includes("-g"))
+      leaves = and(leaves ?? inside, and(inside, passed.clear));
+    inside = passed.clear;
   }
-  return false;
+  return { by: undefined, clear: leaves === undefined ? inside : and(leaves, inside) };
 }
 
 /**
