@@ -1,6 +1,6 @@
 import { sleep } from "../lab/lab.ts";
 import type { Row } from "./fault.ts";
-import type { Seen, Stage, Target } from "./stage.ts";
+import { type Seen, type Stage, type Target, together } from "./stage.ts";
 
 /** What physics costs, and why. */
 export interface Allowance {
@@ -19,6 +19,9 @@ export const LISTED_AGAIN_MS = 3_000;
 /** What is asked of a machine when it is well again and nobody asks it any more: how it ended, and what it has not kept. */
 export type After = (target: Target) => Promise<Pick<Row, "unmet"> & { readonly end?: string }>;
 
+/** Of a fault of credentials: enough to see a certificate that is bad for a moment. */
+export const HANDSHAKE_RATE = 20;
+
 /** Requests go on for so long before a fault: a loss counts against it only if all was well before. */
 const BEFORE_MS = 1_000;
 
@@ -33,12 +36,15 @@ export async function underLoad(
   faulty: () => Promise<string>,
   {
     rate = 200,
+    handshakeRate,
     allowance = () => NOTHING,
     wellWithinMs = 60_000,
     well = (target) => stage.well(target, wellWithinMs),
     after = async () => ({}),
   }: {
     rate?: number;
+    /** So many requests a second beside them, each by a TLS connection of its own; left out: none. */
+    handshakeRate?: number;
     allowance?: (target: Target, seen: Seen) => Allowance;
     wellWithinMs?: number;
     /** Resolves when all is well again; rejects if it never is. */
@@ -46,14 +52,17 @@ export async function underLoad(
     after?: After;
   } = {},
 ): Promise<Row[]> {
-  const loads = targets.map((target) => ({ target, load: stage.load(target, rate) }));
+  const loads = targets.map((target) => {
+    const handshakes = handshakeRate === undefined ? [] : [stage.handshakes(target, handshakeRate)];
+    return { target, handshakes, load: together([stage.load(target, rate), ...handshakes]) };
+  });
   try {
     await sleep(BEFORE_MS);
     const begun = Date.now();
     const happened = await faulty();
     const ended = Date.now();
     return await Promise.all(
-      loads.map(async ({ target, load }): Promise<Row> => {
+      loads.map(async ({ target, handshakes, load }): Promise<Row> => {
         const isWell = await well(target).then(
           () => true,
           () => false,
@@ -64,7 +73,13 @@ export async function underLoad(
           throw new Error(`${target.url} lost requests before ${fault}: ${words(seen)}`);
         const { allowed, because } = allowance(target, seen);
         const { end, unmet } = await after(target);
-        const losses = seen.lost === 0 ? "no request was lost" : words(seen);
+        const made = await Promise.all(handshakes.map((each) => each.stop()));
+        const losses = [
+          seen.lost === 0 ? "no request was lost" : words(seen),
+          ...made.map(
+            ({ requests, lost }) => `${lost} of the ${requests} TLS connections of their own failed`,
+          ),
+        ].join("; ");
         return {
           fault,
           side: target.side,

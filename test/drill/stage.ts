@@ -115,10 +115,21 @@ export class Stage {
     return startLoad(["nsenter", "-t", String(this.client.pid), "-a", ...loadCommand(url, rate)]);
   }
 
+  /** The same by a TLS connection of its own for each request, straight to the machine: a bad certificate is noticed at once. */
+  handshakes({ machine }: Target, rate: number): Load {
+    const identity = `${this.client.root}/var/lib/vmmesh/identity/current`;
+    const env = { LOAD_IDENTITY: identity, LOAD_SERVER: spiffe(machine.name) };
+    return this.#fromOutside(`https://${machine.ip}:${PORT}/`, rate, env);
+  }
+
   /** Plain text to the application's own port, from outside the mesh: each that is answered came past Envoy. */
   plainText({ machine }: Target, rate = 100): Load {
-    const url = `http://${machine.ip}:${PORT}/`;
-    return startLoad(["ip", "netns", "exec", this.lab.netns, process.execPath, PROGRAM, url, String(rate)]);
+    return this.#fromOutside(`http://${machine.ip}:${PORT}/`, rate);
+  }
+
+  #fromOutside(url: string, rate: number, env: Readonly<Record<string, string>> = {}): Load {
+    const argv = ["ip", "netns", "exec", this.lab.netns, process.execPath, PROGRAM, url, String(rate)];
+    return startLoad(argv, { ...process.env, ...env });
   }
 
   /**
@@ -175,8 +186,35 @@ export async function statusOf(machine: Machine): Promise<Status> {
   return { conditions: [], ...(JSON.parse(stdout || "{}") as Partial<Status>), code };
 }
 
-function startLoad([program = "", ...argv]: readonly string[]): Load {
-  const child = spawn(program, argv);
+/** Several at once as one: what they have seen is added up. */
+export function together(loads: readonly Load[]): Load {
+  return {
+    stop: async () => {
+      const seen = await Promise.all(loads.map((load) => load.stop()));
+      const sum = (of: (each: Seen) => number): number => seen.reduce((all, each) => all + of(each), 0);
+      const times = (of: (each: Seen) => number | undefined): number[] =>
+        seen.map(of).filter((at) => at !== undefined);
+      const reasons: Record<string, number> = {};
+      for (const [reason, count] of seen.flatMap((each) => Object.entries(each.reasons)))
+        reasons[reason] = (reasons[reason] ?? 0) + count;
+      return {
+        requests: sum(({ requests }) => requests),
+        lost: sum(({ lost }) => lost),
+        reasons,
+        firstFailedAt: times(({ firstFailedAt }) => firstFailedAt).sort((a, b) => a - b)[0],
+        lastLoss: times(({ lastLoss }) => lastLoss).sort((a, b) => b - a)[0],
+        answeredAfter: (at) => {
+          const answers = times(({ answeredAfter }) => answeredAfter(at));
+          return answers.length === seen.length ? Math.max(...answers) : undefined;
+        },
+        underWayDuring: (spans) => sum(({ underWayDuring }) => underWayDuring(spans)),
+      };
+    },
+  };
+}
+
+function startLoad([program = "", ...argv]: readonly string[], env = process.env): Load {
+  const child = spawn(program, argv, { env });
   let stopped: Promise<Seen> | undefined;
   return {
     stop: () => {

@@ -1,10 +1,14 @@
 // Sends RATE requests a second to URL for SECONDS, or without them until its input ends, and prints as one line of JSON what
-// became of them (`LoadReport` in load.ts). Runs in a machine, as an ordinary user.
+// became of them (`LoadReport` in load.ts). Runs in a machine, as an ordinary user. To an https URL each request makes a TLS
+// connection of its own, with the identity in the folder LOAD_IDENTITY, to nobody but the SPIFFE id LOAD_SERVER.
+import { readFileSync } from "node:fs";
 import http from "node:http";
+import https from "node:https";
 
 const [url, rate] = [process.argv[2], Number(process.argv[3])];
 let total = process.argv[4] === undefined ? Number.POSITIVE_INFINITY : rate * Number(process.argv[4]);
-const agent = new http.Agent({ keepAlive: true, maxSockets: 64 });
+const { get } = url.startsWith("https:") ? https : http;
+const agent = url.startsWith("https:") ? agentOverTls() : new http.Agent({ keepAlive: true, maxSockets: 64 });
 const losses = [];
 let firstFailedAt;
 const failures = {};
@@ -12,6 +16,15 @@ const servers = {};
 const answered = [];
 const spans = [];
 let [sent, done] = [0, 0];
+
+function agentOverTls() {
+  const { LOAD_IDENTITY: folder, LOAD_SERVER: server } = process.env;
+  const [key, cert, ca] = ["key", "chain", "roots"].map((name) => readFileSync(`${folder}/${name}.pem`));
+  const checkServerIdentity = (_host, { subjectaltname }) =>
+    subjectaltname === `URI:${server}` ? undefined : new Error(`the server is ${subjectaltname}`);
+  // No session is taken up again: only a whole handshake shows and checks both certificates.
+  return new https.Agent({ maxSockets: 64, maxCachedSessions: 0, key, cert, ca, checkServerIdentity });
+}
 
 function send() {
   sent += 1;
@@ -31,7 +44,7 @@ function send() {
     firstFailedAt ??= now;
     failures[reason] = (failures[reason] ?? 0) + 1;
   };
-  const request = http.get(url, { agent, timeout: 5000 }, (response) => {
+  const request = get(url, { agent, timeout: 5000 }, (response) => {
     let body = "";
     response.setEncoding("utf8");
     response.on("data", (part) => {
@@ -46,7 +59,7 @@ function send() {
     response.on("error", (error) => tell(error.message));
   });
   request.on("timeout", () => request.destroy(new Error("no answer within 5 s")));
-  request.on("error", (error) => tell(error.message));
+  request.on("error", (error) => tell(error.reason ?? error.message));
 }
 
 if (total === Number.POSITIVE_INFINITY) {

@@ -6,8 +6,8 @@ import { fault as rulesFlushed } from "../drill/faults/rules-flushed.ts";
 import { Stage } from "../drill/stage.ts";
 import { requireRoot } from "../lab/acceptance.ts";
 
-/** Each of these is over in less than 3 s on two cores that do nothing else. */
-const RECOVERED_WITHIN_MS = 10_000;
+/** Each of these is over in less than 3 s on two cores that do nothing else; 12 s were seen with a load of 29. */
+const RECOVERED_WITHIN_MS = 30_000;
 
 /** The drill's own machinery, and the faults that cost seconds. All of them: `npm run drill`. */
 let stage: Stage;

@@ -3,7 +3,7 @@ import { type Machine, sleep, waitFor } from "../../lab/lab.ts";
 import { sh } from "../../lab/sh.ts";
 import { putToken, tokenFor } from "../credentials.ts";
 import type { Fault, Row } from "../fault.ts";
-import { underLoad } from "../measure.ts";
+import { HANDSHAKE_RATE, underLoad } from "../measure.ts";
 import { type Span, type Stage, statusOf, type Target } from "../stage.ts";
 
 const SHIM = "/opt/drill-clock.so";
@@ -119,7 +119,7 @@ async function shift(
     await set(days);
     // All that it has asked for anew with the wrong time is part of it.
     await stage.lab.restartIstiod();
-    await sleep(from + ms - Date.now());
+    await sleep(Math.max(0, from + ms - Date.now()));
     for (const { message } of (await statusOf(machine)).conditions) said.add(message);
     await set(0);
     off = [from, Date.now()];
@@ -127,6 +127,7 @@ async function shift(
   };
   const name = `clock: ${shifted.name} ${days > 0 ? "+" : "-"}1 day`;
   return underLoad(stage, name, [target], faulty, {
+    handshakeRate: HANDSHAKE_RATE,
     allowance: (_target, seen) =>
       shifted === OURS.envoy
         ? {

@@ -3,6 +3,7 @@ import type { Fault, Row } from "../fault.ts";
 import { underLoad } from "../measure.ts";
 import { absenceInWords, type Process, pidOf, watchAbsence } from "../processes.ts";
 import type { Stage, Target } from "../stage.ts";
+import { Withdrawals } from "../withdrawals.ts";
 
 const BACK_WITHIN_MS = 60_000;
 
@@ -42,6 +43,8 @@ async function kill(stage: Stage, fault: string, { targets, ...killing }: Killin
   const watches = new Map(targets.map((target) => [target, watchAbsence(target.machine)]));
   const ours = new AbortController();
   const none = new AbortController();
+  // On a busy machine an agent can be killed again, and again, before it has a stream.
+  await using withdrawals = new Withdrawals(stage.lab);
   try {
     return await underLoad(
       stage,
@@ -61,10 +64,12 @@ async function kill(stage: Stage, fault: string, { targets, ...killing }: Killin
       {
         allowance: (target, seen) => {
           const absences = watches.get(target)?.stop() ?? [];
-          const because = absenceInWords(absences);
-          return killing.processes.includes("envoy")
-            ? { allowed: seen.underWayDuring(absences), because: `those under way while ${because}` }
-            : { allowed: 0, because };
+          const withdrawn = withdrawals.allow(target.machine, seen);
+          return {
+            allowed:
+              withdrawn.allowed + (killing.processes.includes("envoy") ? seen.underWayDuring(absences) : 0),
+            because: `those under way while Envoy was killed: ${absenceInWords(absences)}; ${withdrawn.because}`,
+          };
         },
       },
     );

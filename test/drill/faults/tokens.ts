@@ -2,7 +2,7 @@ import { writeFileSync } from "node:fs";
 import { sleep, waitFor } from "../../lab/lab.ts";
 import { certificateOf, putToken, shortCertificates, tokenFor } from "../credentials.ts";
 import type { Fault, Row } from "../fault.ts";
-import { LISTED_AGAIN_MS, underLoad } from "../measure.ts";
+import { HANDSHAKE_RATE, LISTED_AGAIN_MS, underLoad } from "../measure.ts";
 import { type Stage, statusOf, type Target } from "../stage.ts";
 
 const ENDED_SEC = -600;
@@ -19,7 +19,7 @@ export const fault: Fault = {
 };
 
 async function tokenEnded(stage: Stage, renewals: number): Promise<Row[]> {
-  return underLoad(stage, "tokens: ended", stage.targets, async () => {
+  const faulty = async (): Promise<string> => {
     for (const target of stage.targets) await putToken(target, tokenFor(stage, target, ENDED_SEC));
     const renewed = async (target: Target): Promise<void> => {
       for (let done = 0; done < renewals; done += 1) {
@@ -33,7 +33,8 @@ async function tokenEnded(stage: Stage, renewals: number): Promise<Row[]> {
     };
     await Promise.all(stage.targets.map(renewed));
     return `the token of each had ended 10 minutes before, and the certificate changed ${renewals} times`;
-  });
+  };
+  return underLoad(stage, "tokens: ended", stage.targets, faulty, { handshakeRate: HANDSHAKE_RATE });
 }
 
 /** Nobody can renew while istiod is away; when it is back, nothing is left that it would take. */
@@ -71,6 +72,7 @@ async function bothEnded(stage: Stage): Promise<Row[]> {
   };
   return underLoad(stage, "tokens: certificate ended, too", stage.targets, faulty, {
     rate: 50,
+    handshakeRate: HANDSHAKE_RATE,
     allowance: (_target, seen) => ({
       allowed: seen.underWayDuring([[from, healed + LISTED_AGAIN_MS]]),
       because: `those under way while nothing could prove who the machine is, and ${LISTED_AGAIN_MS / 1000} s for istiod to list it again`,
