@@ -1,14 +1,11 @@
 import { describe, expect, test } from "vitest";
-import { MACHINE as MODERN, WISH } from "../../test/fakes/capture.ts";
+import { MACHINE, WISH } from "../../test/fakes/capture.ts";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
 import { applyPlan, covers, loadConfirmed, removeCapture, tableDrift, takeBackTrial } from "./apply.ts";
-import type { MachineFacts } from "./plan/wish.ts";
 import { planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
 import { renderPlan } from "./render.ts";
-
-const MACHINE: MachineFacts = { ...MODERN, dnsTimeouts: false };
 
 const READS = / -S | list |'list'/;
 

@@ -26,8 +26,8 @@ export function guardTable(family: Family): string {
 const LEASE_KEY = "meta mark and 0";
 
 /**
- * Priorities: the smaller runs first. Zones before iptables' raw (-300); leases before its mangle (-150) but after conntrack
- * (-200), because a conntrack timeout needs the entry; nat before every other program's (kube-proxy and Docker use -100).
+ * Priorities: the smaller runs first. Zones before iptables' raw (-300); leases and marks before its mangle (-150) but after
+ * conntrack (-200), for a connection's mark is in its entry; nat before every other program's (kube-proxy and Docker use -100).
  */
 const BASE: Readonly<Record<Table, { readonly type: string; readonly priority: number }>> = {
   raw: { type: "filter", priority: -310 },
@@ -54,16 +54,6 @@ export function renderGuard(plan: FamilyPlan): string {
     );
   }
   lines.push(...unitSets(plan.rules));
-  if (plan.rules.some((rule) => rule.verdict.do === "forgetSoon")) {
-    const policy = `policy = { unreplied : ${LEASE_SECONDS}, replied : ${LEASE_SECONDS} };`;
-    lines.push(
-      "\tct timeout question {",
-      "\t\tprotocol udp;",
-      `\t\tl3proto ${plan.family === 4 ? "ip" : "ip6"};`,
-      `\t\t${policy}`,
-      "\t}",
-    );
-  }
   for (const name of new Set(plan.rules.map(chainOf))) {
     const rules = plan.rules.filter((rule) => chainOf(rule) === name);
     const [first] = rules;
@@ -269,7 +259,5 @@ function action({ table, verdict }: Rule): string {
       return `ct zone set ${verdict.zone}`;
     case "refresh":
       return `update @lease_${verdict.lease} { ${LEASE_KEY} timeout ${LEASE_SECONDS}s }`;
-    case "forgetSoon":
-      return 'ct timeout set "question"';
   }
 }

@@ -14,7 +14,6 @@ const MODERN: MachineFacts = {
   programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
   nft: true,
   ipv6: true,
-  dnsTimeouts: true,
   sshPorts: [22],
 };
 const OLD: MachineFacts = {
@@ -23,7 +22,6 @@ const OLD: MachineFacts = {
   programs: { 4: "iptables-legacy", 6: "ip6tables-legacy" },
   nft: false,
   ipv6: true,
-  dnsTimeouts: false,
   sshPorts: [22, 2222],
 };
 

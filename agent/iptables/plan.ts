@@ -127,7 +127,7 @@ export function planCapture(wish: CaptureWish, machine: MachineFacts): CapturePl
       family,
       rules: [
         ...zoneRules(settled, family),
-        ...leaseRules(settled, family, machine.dnsTimeouts),
+        ...leaseRules(settled, family),
         ...invalidRules(settled),
         ...tproxyRules(settled, machine.nft),
         ...virtualRules(settled, family),

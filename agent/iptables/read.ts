@@ -110,30 +110,6 @@ table ip vmmesh-probe {
 	}
 }
 `;
-const NFT_TIMEOUT_PROBE = `table ip vmmesh-probe {
-	ct timeout question {
-		protocol udp;
-		l3proto ip;
-		policy = { unreplied : 3, replied : 3 };
-	}
-}
-`;
-
-/**
- * Does the kernel take what guard and fence need? `--check` sends the tables to the kernel and commits nothing (nft(8)). Each
- * costs a grace period of the kernel (13 ms at 250 Hz), one after the other: both are asked for together, and each alone
- * only where that is refused.
- */
-async function probeNft(
-  host: Runs,
-): Promise<{ tables: CommandResult | undefined; timeouts: CommandResult | undefined }> {
-  const check = (input: string): Promise<CommandResult | undefined> =>
-    tryRun(host, { argv: ["nft", "--check", "-f", "-"], input });
-  const all = await check(`${NFT_PROBE}${NFT_TIMEOUT_PROBE}`);
-  if (all === undefined || all.code === 0) return { tables: all, timeouts: all };
-  const [tables, timeouts] = await Promise.all([check(NFT_PROBE), check(NFT_TIMEOUT_PROBE)]);
-  return { tables, timeouts };
-}
 
 /**
  * What decides how a wish becomes rules on this machine. Writes nothing, registers no legacy table.
@@ -142,17 +118,17 @@ async function probeNft(
  */
 export async function readMachine(host: Reads, wished: BackendWish = "auto"): Promise<MachineFacts> {
   // The longest first: the kernel keeps the probe waiting, `ss` looks at every file of every process.
-  const probed = probeNft(host);
+  // `--check` sends the tables to the kernel and commits nothing (nft(8)).
+  const probed = tryRun(host, { argv: ["nft", "--check", "-f", "-"], input: NFT_PROBE });
   const ports = readSshPorts(host);
   const programs = findBackends(host);
-  const [{ tables: probe, timeouts }, sshPorts, { nft: nftFound, plainIs, likelyIp6 }, legacy, links] =
-    await Promise.all([
-      probed,
-      ports,
-      programs,
-      programs.then((found) => backendEvidence(host, "legacy", found.legacy)),
-      host.files.readText("/proc/net/dev"),
-    ]);
+  const [probe, sshPorts, { nft: nftFound, plainIs, likelyIp6 }, legacy, links] = await Promise.all([
+    probed,
+    ports,
+    programs,
+    programs.then((found) => backendEvidence(host, "legacy", found.legacy)),
+    host.files.readText("/proc/net/dev"),
+  ]);
   const refusal = [probe?.stderr, nftFound.fault].find((text) =>
     /not permitted|permission denied|must be root/i.test(text ?? ""),
   );
@@ -186,7 +162,6 @@ export async function readMachine(host: Reads, wished: BackendWish = "auto"): Pr
     programs: { 4: ip4, 6: ip6Works ? ip6 : undefined },
     nft: probe?.code === 0,
     ipv6: ((await host.files.readText("/proc/net/if_inet6")) ?? "") !== "",
-    dnsTimeouts: timeouts?.code === 0,
     sshPorts,
     ...(links === undefined ? {} : { interfaces: parseLinks(links) }),
   };

@@ -228,7 +228,6 @@ function target({ verdict }: Rule, family: Family): string[] {
     case "zone":
       return [`-j CT --zone ${verdict.zone}`];
     case "refresh":
-    case "forgetSoon":
       return [];
   }
 }

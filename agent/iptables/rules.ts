@@ -105,9 +105,7 @@ export type Verdict =
   | { readonly do: "saveMark" | "restoreMark" }
   /** Conntrack zone; the first one that a packet gets stays. */
   | { readonly do: "zone"; readonly zone: number }
-  | { readonly do: "refresh"; readonly lease: Lease }
-  /** A short conntrack lifetime, so that a retrying socket is not pinned to a server that has gone. nft only. */
-  | { readonly do: "forgetSoon" };
+  | { readonly do: "refresh"; readonly lease: Lease };
 
 export interface Rule {
   readonly table: Table;

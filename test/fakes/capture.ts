@@ -7,7 +7,6 @@ export const MACHINE: MachineFacts = {
   programs: { 4: "iptables-nft", 6: "ip6tables-nft" },
   nft: true,
   ipv6: true,
-  dnsTimeouts: true,
   sshPorts: [22],
 };
 

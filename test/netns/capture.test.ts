@@ -260,9 +260,12 @@ describe("leases", () => {
     await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
   });
 
-  test("a socket that asks again reaches the resolver: it is not pinned to the agent that has gone", async () => {
+  test.for([
+    { name: "guard and iptables-nft", facts: {} },
+    { name: "iptables-legacy alone", facts: LEGACY },
+  ])("a socket that asks again is not pinned to the agent that has gone: $name", async ({ facts }) => {
     const agent = await agentAndResolver();
-    await install({ ...WISH, dns: { servers: [REMOTE.ip] } });
+    await lab.install({ ...WISH, dns: { servers: [REMOTE.ip] } }, facts);
     await eventually(async () => (await lab.ask(UID.app, REMOTE.ip, 53)) === "AGENT", 5000);
     signal(agent, "SIGSTOP");
     expect(await lab.askTwice(UID.app, REMOTE.ip, 53)).toBe("RESOLVER");

@@ -311,9 +311,9 @@ async function atRandom(
     ),
     row(
       NAME,
-      `of ${wipes.all} wipes of all nf_tables, who did it is named right (nft's monitor crashes at the guard's ct timeout)`,
-      wipes.right,
-      "wipes",
+      `who wiped all of nf_tables is named right, of ${wipes.all} wipes`,
+      percent(wipes.right, wipes.all),
+      "%",
     ),
     row(NAME, "the same, but somebody else is named", wipes.wrong, "wipes"),
   ];

@@ -124,8 +124,6 @@ function describeVerdict(verdict: Rule["verdict"] | FenceRule["verdict"]): strin
       return `conntrack zone ${verdict.zone}`;
     case "refresh":
       return `renews the lease of ${verdict.lease === "envoy" ? "Envoy" : "the agent"}`;
-    case "forgetSoon":
-      return "forgotten after 3 s";
     case "count":
       return "counted, and left alone";
   }

@@ -1,12 +1,12 @@
 import { PORTS } from "../../core/paths.ts";
-import { CHAIN, type Family, hostCidr, LEASE_ADDRESS, OPENING, type Rule, TCP, UDP } from "../rules.ts";
+import { CHAIN, type Family, hostCidr, LEASE_ADDRESS, OPENING, type Rule, TCP } from "../rules.ts";
 import { agentAnswers } from "./dns.ts";
 import { anyOpen } from "./failure.ts";
 import { jump, of, type RuleWords, rulesIn, to } from "./terms.ts";
 import type { CaptureWish } from "./wish.ts";
 
 /** Table mangle: who keeps the leases alive. Nobody but Envoy may knock at the lease's address. */
-export function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boolean): Rule[] {
+export function leaseRules(wish: CaptureWish, family: Family): Rule[] {
   const servers = of(wish.dns?.servers ?? [], family);
   const address = hostCidr(LEASE_ADDRESS[family], family);
   const rule = (...of: RuleWords): Rule => rulesIn("mangle")(CHAIN.lease, ...of);
@@ -29,21 +29,7 @@ export function leaseRules(wish: CaptureWish, family: Family, dnsTimeouts: boole
       "Envoy's health check of its own listener was answered",
     ),
   ];
-  const dns = [
-    rule(agentAnswers(family), { do: "refresh", lease: "dns" }, "the agent answered a question"),
-    ...(dnsTimeouts
-      ? servers.map(
-          (server): Rule => ({
-            ...rule(
-              [to(server), UDP, { is: "toPorts", ports: [53] }],
-              { do: "forgetSoon" },
-              "a socket that asks again is not pinned to an agent that has gone",
-            ),
-            guardOnly: true,
-          }),
-        )
-      : []),
-  ];
+  const dns = [rule(agentAnswers(family), { do: "refresh", lease: "dns" }, "the agent answered a question")];
   if (!leased && servers.length === 0) return [];
   return [
     ...(leased ? envoy : []),

@@ -96,8 +96,6 @@ export interface MachineFacts {
   readonly nft: boolean;
   /** The kernel has IPv6 at all (ipv6.disable=1 takes it away). */
   readonly ipv6: boolean;
-  /** nft can set conntrack timeouts (CONFIG_NF_CONNTRACK_TIMEOUT). */
-  readonly dnsTimeouts: boolean;
   readonly sshPorts: readonly number[];
   /** Names of the interfaces that are there now; absent: not known. */
   readonly interfaces?: readonly string[];
