@@ -14,6 +14,8 @@ import { fileURLToPath } from "node:url";
 import { exclusively } from "./lock.ts";
 import {
   CACHE,
+  CALICO,
+  CALICO_BIN,
   CRDS,
   ENVOY,
   GO,
@@ -97,7 +99,7 @@ async function buildAll(): Promise<void> {
   mkdirSync(CACHE, { recursive: true });
   // Of an earlier build that was killed.
   for (const name of readdirSync(CACHE))
-    if (/^\.(part|kubernetes)-/.test(name)) await removeTree(`${CACHE}/${name}`);
+    if (/^\.(part|kubernetes|calico)-/.test(name)) await removeTree(`${CACHE}/${name}`);
   await packages();
   await part(ISTIO_BIN, "istiod, pilot-agent, istioctl (8 minutes)", async (to) => {
     const commands = ["pilot/cmd/pilot-discovery", "pilot/cmd/pilot-agent", "istioctl/cmd/istioctl"];
@@ -228,6 +230,41 @@ export async function tailscaleWriter(): Promise<string> {
   return `${TAILSCALE}/tailscale`;
 }
 
+/**
+ * Of Calico's module, as they are. `felix/iptables` wants of `felix/logutils` but the one file; the others want
+ * `projectcalico/api`, which the Go proxy has not.
+ */
+const CALICO_PARTS = [
+  "felix/iptables",
+  "felix/environment",
+  "felix/netlinkshim",
+  "felix/proto",
+  "felix/logutils/summary.go",
+  "libcalico-go/lib/set",
+  "libcalico-go/lib/logutils",
+  "libcalico-go/lib/prometheus",
+];
+
+/** Path of a program that keeps its rules first with Calico's own code, built if it is missing. */
+export async function calicoKeeper(): Promise<string> {
+  const make = () =>
+    part(CALICO_BIN, "Calico's keeper of netfilter (1 minute)", async (to) => {
+      const module = mkdtempSync(`${CACHE}/.calico-`);
+      try {
+        const calico = await moduleFolder(`github.com/projectcalico/calico@${CALICO}`);
+        cpSync(new URL("./calico", import.meta.url), module, { recursive: true });
+        for (const name of CALICO_PARTS)
+          cpSync(`${calico}/${name}`, `${module}/${name}`, { recursive: true });
+        await go(["build", "-trimpath", "-ldflags=-s -w", "-o", `${to}/`, "./keeper"], {}, module);
+      } finally {
+        await sh(["chmod", "-R", "u+w", module]);
+        rmSync(module, { recursive: true, force: true });
+      }
+    });
+  if (!existsSync(CALICO_BIN)) await exclusively("build", make);
+  return `${CALICO_BIN}/keeper`;
+}
+
 /** Path of a stock Envoy of this version, fetched if it is missing. */
 export async function envoy(version: string): Promise<string> {
   const { stdout } = await sh([new URL("../../scripts/fetch-envoy", import.meta.url).pathname, version]);
@@ -308,12 +345,18 @@ async function install(names: readonly string[]): Promise<void> {
   });
 }
 
-/** One file of a Go module. */
-async function moduleFile(module: string, path: string, to: string): Promise<void> {
+/** Where a Go module lies, read-only. */
+async function moduleFolder(module: string): Promise<string> {
   const { stdout } = await go(["mod", "download", "-json", module]);
   const { Dir } = JSON.parse(stdout) as { Dir: string };
+  return Dir;
+}
+
+/** One file of a Go module. */
+async function moduleFile(module: string, path: string, to: string): Promise<void> {
+  const folder = await moduleFolder(module);
   rmSync(to, { recursive: true });
-  cpSync(`${Dir}/${path}`, to);
+  cpSync(`${folder}/${path}`, to);
 }
 
 async function part(path: string, what: string, make: (to: string) => Promise<void>): Promise<void> {

@@ -1,7 +1,9 @@
-"""Two observers of the proof `order`. `jump`: is ISTIO_OUTPUT first in nat OUTPUT, asked of the kernel again and again from
+"""Three observers of the proof `order`. `jump`: is ISTIO_OUTPUT first in nat OUTPUT, asked of the kernel again and again from
 outside vmmesh; a line for each change. `calls ADDRESS`: a new connection and request every 25 ms as an ordinary user; a line
-for each: `envoy` (its mark is in the headers that arrived), `past` (it arrived without), or what went wrong."""
-import os, socket, subprocess, sys, time
+for each: `envoy` (its mark is in the headers that arrived), `past` (it arrived without), or what went wrong. `places`: the
+rules of the hooks that Calico's Felix and vmmesh share as CHAIN=TARGET#HANDLE,…;…, whenever they changed: who puts a rule in
+anew gives it a new handle."""
+import os, re, socket, subprocess, sys, time
 
 def say(*words):
     print(*words, flush=True)
@@ -15,6 +17,26 @@ def jump():
         if now != last:
             # Whose jump is in front says whose doing it was, if it is anybody's.
             say(int(time.time() * 1000), now, rules[0].split()[-1] if rules else "nothing")
+            last = now
+        time.sleep(0.004)
+
+HOOKS = ("nat OUTPUT", "nat PREROUTING", "raw OUTPUT", "raw PREROUTING")
+TARGET = re.compile(r"\b(?:jump (\S+)|goto (\S+)|(accept|drop|return|xt target))\b.* # handle (\d+)$")
+
+def places():
+    last = None
+    while True:
+        hooks = []
+        for hook in HOOKS:
+            # nft 1.0.6 finds no second table when it is asked for several chains at once.
+            asked = ["nft", "-a", "list", "chain", "ip", *hook.split()]
+            lines = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+            rules = [TARGET.search(line) for line in lines]
+            hooks.append(hook.replace(" ", "/") + "=" + ",".join(
+                (it[1] or it[2] or it[3]).replace(" ", "-") + "#" + it[4] for it in rules if it))
+        now = ";".join(hooks)
+        if now != last:
+            say(int(time.time() * 1000), now)
             last = now
         time.sleep(0.004)
 
@@ -40,4 +62,4 @@ def calls(address):
         say(int(began * 1000), what)
         time.sleep(max(0, began + 0.025 - time.time()))
 
-jump() if sys.argv[1] == "jump" else calls(sys.argv[2])
+{"jump": jump, "calls": calls, "places": places}[sys.argv[1]](*sys.argv[2:])

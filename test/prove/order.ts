@@ -1,11 +1,11 @@
-import { spawn } from "node:child_process";
 import { cpSync } from "node:fs";
 import { cpus, loadavg } from "node:os";
-import { createInterface } from "node:readline";
 import { cleanNamespace, defineWorkload, istioctlBundle } from "../lab/acceptance.ts";
 import { Lab, type Machine, say, sleep, waitFor } from "../lab/lab.ts";
 import type { Scale } from "../suite.ts";
 import { packageFile } from "../vm/package.ts";
+import { besideCalico } from "./order/calico.ts";
+import { between, lost, observe, type Said } from "./order/observer.ts";
 import {
   AFTER_WIPE,
   KUBE,
@@ -19,7 +19,6 @@ import { type Proof, type ProofRow, row } from "./proof.ts";
 
 const NAME = "order";
 const VM = "ordervm";
-const OBSERVERS = new URL("order.py", import.meta.url).pathname;
 
 /**
  * Real programs that write the firewall, restarted at random, while an ordinary user of the machine calls a service by its
@@ -29,7 +28,7 @@ const OBSERVERS = new URL("order.py", import.meta.url).pathname;
 export const proof: Proof = {
   name: NAME,
   about:
-    "kube-proxy, firewalld, Docker, Podman, libvirt, Tailscale, ufw and persons with iptables and nft, at random, under steady requests",
+    "kube-proxy, firewalld, Docker, Podman, libvirt, Tailscale, ufw and persons with iptables and nft, at random, then Calico's Felix, under steady requests",
   async run(scale) {
     const lab = await Lab.open({ istiodDefaults: false });
     await cleanNamespace(lab);
@@ -45,35 +44,6 @@ export const proof: Proof = {
     }
   },
 };
-
-interface Said {
-  readonly at: number;
-  readonly what: string;
-  /** The chain that the first rule jumps to, when the jump is displaced. */
-  readonly ahead: string;
-}
-
-/** A program whose lines are `TIME WORD`, until it is ended. */
-function observe(argv: readonly string[], ends: (() => Promise<void>)[]): Said[] {
-  const said: Said[] = [];
-  const child = spawn(argv[0] ?? "", argv.slice(1), { stdio: ["ignore", "pipe", "inherit"] });
-  createInterface({ input: child.stdout }).on("line", (line) => {
-    const [at = "", what = "", ahead = ""] = line.split(" ");
-    said.push({ at: Number(at), what, ahead });
-  });
-  ends.push(async () => {
-    child.kill("SIGKILL");
-  });
-  return said;
-}
-
-const inMachine = (machine: Machine, ...argv: string[]): string[] => [
-  "nsenter",
-  "-t",
-  String(machine.pid),
-  "-n",
-  ...argv,
-];
 
 async function prepare(lab: Lab): Promise<{ machine: Machine; address: string }> {
   const machine = await lab.vm(VM, {
@@ -150,8 +120,8 @@ S(("0.0.0.0", 9081), A).serve_forever()`;
   ends.push(async () => {
     await lab.exec(["ip", "address", "del", `${address}/32`, "dev", "lo"], { allowFail: true });
   });
-  const jump = observe(inMachine(machine, "/usr/bin/python3", OBSERVERS, "jump"), ends);
-  const calls = observe(inMachine(machine, "/usr/bin/python3", OBSERVERS, "calls", address), ends);
+  const jump = observe(machine, ends, "jump");
+  const calls = observe(machine, ends, "calls", address);
   await waitFor(
     "requests through Envoy",
     async () => {
@@ -164,12 +134,10 @@ S(("0.0.0.0", 9081), A).serve_forever()`;
   const restarts = await atRandom(machine, scale, jump, calls);
   const modes = await otherModes(machine, address, scale === "full" ? 10 : 2, calls);
   const kept = await foreignKept(machine, scale);
-  return [...restarts, ...modes, ...kept];
+  const calico = await besideCalico(machine, scale, observe(machine, ends, "places"), calls);
+  return [...restarts, ...modes, ...kept, ...calico];
 }
 
-const between = (said: readonly Said[], from: number, to: number): Said[] =>
-  said.filter(({ at }) => at >= from && at < to);
-const lost = ({ what }: Said): boolean => what !== "envoy" && what !== "past";
 const percent = (part: number, of: number): number => (of === 0 ? 0 : (100 * part) / of);
 const at = (share: number, values: readonly number[]): number =>
   [...values].sort((a, b) => a - b)[Math.min(values.length - 1, Math.floor(values.length * share))] ?? 0;
