@@ -23,12 +23,12 @@ const LISTEN = "0A";
 const LOOK_MS = 10;
 
 /**
- * Watches the kernel's table of sockets, from outside the machine, for the times at which nobody listens on Envoy's inbound
- * port: exact to 10 ms.
+ * Watches the kernel's table of sockets, from outside the machine, for the times at which nobody listens on this port, which
+ * is Envoy's for what comes in if none is named: exact to 10 ms.
  */
-export function watchAbsence(machine: Machine): { stop(): readonly Span[] } {
+export function watchAbsence(machine: Machine, port = INBOUND): { stop(): readonly Span[] } {
   const table = `/proc/${machine.pid}/net/tcp`;
-  const wanted = new RegExp(`:${INBOUND.toString(16).toUpperCase()} 0+:0000 ${LISTEN} `);
+  const wanted = new RegExp(`:${port.toString(16).toUpperCase()} 0+:0000 ${LISTEN} `);
   const absences: Span[] = [];
   let presentAt = Date.now();
   let isAbsent = false;

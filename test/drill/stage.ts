@@ -17,6 +17,8 @@ import type { Side } from "./fault.ts";
 
 /** The application's, on each machine. */
 export const PORT = 9080;
+/** Machines without a network are in this one, too; those of another one the client finds behind that one's gateway. */
+const CLIENT_NETWORK = "near";
 const PROGRAM = new URL("../lab/load.mjs", import.meta.url).pathname;
 
 /** What a client outside the machine has seen. */
@@ -80,7 +82,7 @@ export class Stage {
     const machineOf = async (name: string): Promise<Machine> => {
       await lab.removeVm(name);
       const machine = await lab.vm(name, name === "theirs" ? {} : { deb });
-      await defineWorkload(lab, name, PORT);
+      await defineWorkload(lab, name, PORT, name === "client" ? { network: CLIENT_NETWORK } : {});
       await startApp(machine, PORT);
       return machine;
     };

@@ -106,12 +106,20 @@ export async function strictMtls(lab: Lab): Promise<void> {
   );
 }
 
-/** ServiceAccount, WorkloadGroup (with a quick probe, unless told otherwise) and Service (port 80 → `port`). */
+/**
+ * ServiceAccount, WorkloadGroup and Service (port 80 → `port`).
+ *
+ * @param options.probe a quick one, unless told otherwise; "": none
+ * @param options.network that its machines are in; none: the mesh does not tell networks apart for them
+ */
 export async function defineWorkload(
   lab: Lab,
   name: string,
   port: number,
-  probe = `{periodSeconds: 1, initialDelaySeconds: 1, successThreshold: 1, failureThreshold: 2, httpGet: {port: ${port}, path: /healthz}}`,
+  {
+    probe = `{periodSeconds: 1, initialDelaySeconds: 1, successThreshold: 1, failureThreshold: 2, httpGet: {port: ${port}, path: /healthz}}`,
+    network = "",
+  }: { readonly probe?: string; readonly network?: string } = {},
 ): Promise<void> {
   await lab.apply(`
 apiVersion: v1
@@ -124,7 +132,7 @@ metadata: {name: ${name}, namespace: default}
 spec:
   metadata: {labels: {app: ${name}}}
   ${probe === "" ? "" : `probe: ${probe}`}
-  template: {serviceAccount: ${name}, ports: {http: ${port}}}
+  template: {serviceAccount: ${name}, ports: {http: ${port}}, network: "${network}"}
 ---
 apiVersion: v1
 kind: Service
@@ -149,8 +157,12 @@ export async function cleanNamespace(lab: Lab): Promise<void> {
     await lab.kubectl(["delete", "-n", "default", "--wait=false", ...names], { allowFail: true });
 }
 
-/** A bundle by the real istioctl; a folder on this machine. */
-export async function istioctlBundle(lab: Lab, group: string): Promise<string> {
+/**
+ * A bundle by the real istioctl; a folder on this machine.
+ *
+ * @param ingress address at which its machines find istiod; the lab's, if left out
+ */
+export async function istioctlBundle(lab: Lab, group: string, ingress?: string): Promise<string> {
   const folder = `${lab.folder("bundles")}/${group}`;
   await lab.istioctl([
     "x",
@@ -166,6 +178,7 @@ export async function istioctlBundle(lab: Lab, group: string): Promise<string> {
     "--clusterID",
     "Kubernetes",
     "--autoregister",
+    ...(ingress === undefined ? [] : ["--ingressIP", ingress]),
   ]);
   return folder;
 }

@@ -261,7 +261,7 @@ async function look(
 }
 
 async function prepare(lab: Lab, machine: Machine): Promise<void> {
-  await defineWorkload(lab, machine.name, APP_PORT, "");
+  await defineWorkload(lab, machine.name, APP_PORT, { probe: "" });
   machine.putFile("/opt/policy.py", SCRIPT);
   await start(machine, "app", `app ${APP_PORT} ${machine.name}`);
 }

@@ -15,7 +15,7 @@ beforeAll(async () => {
   const lab = await Lab.open();
   await cleanNamespace(lab);
   // The checks say themselves which of their machines has a probe.
-  await defineWorkload(lab, "details", 9080, "");
+  await defineWorkload(lab, "details", 9080, { probe: "" });
   const bundle = await istioctlBundle(lab, "details");
   const target: Target = {
     address: lab.address,

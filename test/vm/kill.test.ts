@@ -29,7 +29,7 @@ beforeAll(async () => {
   await cleanNamespace(lab);
   await lab.removeVm("mortal");
   machine = await lab.vm("mortal", { deb: packageFile() });
-  await defineWorkload(lab, "mortal", 9080, "");
+  await defineWorkload(lab, "mortal", 9080, { probe: "" });
   cpSync(await istioctlBundle(lab, "mortal"), `${machine.root}/root/bundle`, { recursive: true });
 }, 300_000);
 

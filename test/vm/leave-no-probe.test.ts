@@ -113,7 +113,7 @@ beforeAll(async () => {
   await strictMtls(lab);
   for (const machine of [leaver, stayer]) await startApp(machine, 9080);
   caller.putFile("/opt/load.py", LOAD);
-  await defineWorkload(lab, "caller", 9090, "");
+  await defineWorkload(lab, "caller", 9090, { probe: "" });
   cpSync(await istioctlBundle(lab, "caller"), `${caller.root}/root/bundle`, { recursive: true });
   await join(caller);
   console.log("versions:", JSON.stringify(await lab.versions()));
@@ -125,7 +125,7 @@ afterAll(async () => {
 
 describe(`a peer that sends ${RATE} requests/s sees none fail`, () => {
   test("while one of two machines without a probe leaves", async () => {
-    await defineWorkload(lab, "pair", 9080, "");
+    await defineWorkload(lab, "pair", 9080, { probe: "" });
     for (const machine of [leaver, stayer]) {
       cpSync(await istioctlBundle(lab, "pair"), `${machine.root}/root/bundle`, { recursive: true });
       await join(machine);
