@@ -141,6 +141,15 @@ describe("the agent, told of the kernel's rules", () => {
     expect(seen.repaired).toEqual(["kube-proxy"]);
   });
 
+  test("who wipes our own tables goes before who took out a rule a moment earlier, as firewalld does when it is stopped for nftables", async () => {
+    const seen = await watch([
+      [5000, ["delete rule ip nat OUTPUT handle 9", by("iptables")]],
+      [5020, ["delete table ip nat", "delete table ip vmmesh", by("nft")]],
+      [5040, PUT_RIGHT],
+    ]);
+    expect(seen.repaired).toEqual(["nft"]);
+  });
+
   test("a rule put right that nobody had moved is no repair", async () => {
     expect((await watch([[5000, PUT_RIGHT]])).repaired).toEqual([]);
   });

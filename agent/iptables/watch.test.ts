@@ -104,7 +104,18 @@ describe("what concerns us", () => {
 
   test.for([
     {
-      name: "a jump put ahead of ours weighs most",
+      name: "a table of ours deleted weighs most",
+      lines: [
+        "delete chain ip nat OUTPUT",
+        "delete table ip vmmesh",
+        "delete table inet vmmesh-fence",
+        BY("nft"),
+      ],
+      weight: 3,
+      program: "nft",
+    },
+    {
+      name: "a jump put ahead of ours weighs more than a rule taken out",
       lines: ["delete rule ip nat OUTPUT handle 4", KUBE_AHEAD, BY("iptables-restor")],
       weight: 2,
       program: "kube-proxy",

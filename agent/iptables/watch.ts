@@ -9,15 +9,20 @@ export interface Writer {
   readonly pid: number | undefined;
 }
 
+/**
+ * How likely it is that this displaced us: 3 a table of our own deleted, as by who wipes all of nf_tables, 2 a jump put ahead
+ * of ours, 1 our hooks or chains changed, 0 elsewhere.
+ */
+type Weight = 0 | 1 | 2 | 3;
+
 /** What one transaction of somebody meant for us. */
 export type Change =
-  /** It may have displaced, changed or removed something of ours. `line` is the first that may. */
+  /** It may have displaced, changed or removed something of ours. `line` is the first of those that weigh most. */
   | {
       readonly kind: "foreign";
       readonly by: Writer;
       readonly line: string;
-      /** How likely it is that this displaced us: 2 a jump put ahead of ours, 1 our hooks or chains changed, 0 elsewhere. */
-      readonly weight: 0 | 1 | 2;
+      readonly weight: Weight;
     }
   /** Our own rules were put (back) in place. */
   | { readonly kind: "ours" }
@@ -41,9 +46,8 @@ const UNREAD = new Set(["kube-proxy", "docker"]);
  * @returns a function that gives what a line completes, if it completes anything that matters
  */
 export function monitorReader(): (line: string) => Change | undefined {
-  let touched: string | undefined;
+  let touched: { readonly line: string; readonly weight: Weight } | undefined;
   let ours = false;
-  let near = false;
   let owner: string | undefined;
   return (line) => {
     if (LOST.test(line)) return { kind: "lost" };
@@ -52,13 +56,10 @@ export function monitorReader(): (line: string) => Change | undefined {
       const event = readEvent(line);
       if (event === undefined) return undefined;
       ours ||= event.ours;
-      if (event.reach !== "none") {
-        const isNear = event.reach === "near";
-        if (isNear && !near) touched = undefined;
-        near ||= isNear;
-        touched ??= line.trim();
-        owner ??= event.owner;
-      }
+      const { weight } = event;
+      if (weight !== undefined && (touched === undefined || weight > touched.weight))
+        touched = { line: line.trim(), weight };
+      owner ??= event.owner;
       return undefined;
     }
     const [, pid = "", comm = ""] = end;
@@ -72,20 +73,18 @@ export function monitorReader(): (line: string) => Change | undefined {
               program: owner ?? comm,
               pid: Number(pid) > 0 ? Number(pid) : undefined,
             },
-            line: touched,
-            weight: owner !== undefined ? 2 : near ? 1 : 0,
+            ...touched,
           };
     touched = undefined;
     ours = false;
-    near = false;
     owner = undefined;
     return change;
   };
 }
 
 interface Event {
-  /** near: it happened to a table or chain of ours, or to a hook that we jump from. elsewhere: it may matter all the same. */
-  readonly reach: "near" | "elsewhere" | "none";
+  /** undefined: it does not matter. */
+  readonly weight: Weight | undefined;
   /** Only we write this: the jump to our chain put in at the top, or one of our tables made. */
   readonly ours: boolean;
   readonly owner: string | undefined;
@@ -96,22 +95,25 @@ function readEvent(line: string): Event | undefined {
   if (match === null) return undefined;
   const [, verb = "", object = "", family = "", table = "", chain = "", rest = ""] = match;
   const removes = verb === "delete" || verb === "flush" || verb === "destroy";
-  if (OUR_TABLE.test(table)) return { reach: "near", ours: object === "table" && !removes, owner: undefined };
+  if (OUR_TABLE.test(table)) {
+    const whole = object === "table";
+    return { weight: whole && removes ? 3 : 1, ours: whole && !removes, owner: undefined };
+  }
   if (family === "inet" || !IPTABLES_TABLES.includes(table)) return undefined;
-  if (object === "table") return { reach: removes ? "near" : "none", ours: false, owner: undefined };
+  if (object === "table") return { weight: removes ? 1 : undefined, ours: false, owner: undefined };
   const mine = OUR_CHAINS.includes(chain) || (HOOKS as readonly string[]).includes(chain);
-  if (object === "chain") return { reach: removes && mine ? "near" : "none", ours: false, owner: undefined };
+  if (object === "chain") return { weight: removes && mine ? 1 : undefined, ours: false, owner: undefined };
   const target = /\b(?:jump|goto) (\S+)/.exec(rest)?.[1] ?? "";
   // Whose chain is jumped to says who wrote only where the jump is put ahead: who deletes it is somebody else.
   const owner = verb === "insert" ? ownerOfChain(target) : undefined;
   if (mine)
     return {
-      reach: "near",
+      weight: owner === undefined ? 1 : 2,
       ours: verb === "insert" && OUR_CHAINS.includes(target),
       owner,
     };
   return {
-    reach: UNREAD.has(ownerOfChain(chain) ?? "") ? "none" : "elsewhere",
+    weight: UNREAD.has(ownerOfChain(chain) ?? "") ? undefined : 0,
     ours: false,
     // What is put in elsewhere, as in POSTROUTING, is ahead of nothing of ours.
     owner: undefined,

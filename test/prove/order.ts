@@ -282,6 +282,7 @@ async function atRandom(
       `who wiped all of nf_tables is named right, of ${wipes.all} wipes`,
       percent(wipes.right, wipes.all),
       "%",
+      scale === "full" ? ">= 95" : "= 100",
     ),
     row(NAME, "the same, but somebody else is named", wipes.wrong, "wipes"),
   ];
