@@ -39,7 +39,8 @@ export const target: Target = {
     parseLive(text, text, "tcp", { ends: [] });
     parseEnvoyVersion(text);
     parseSpiffe(text);
-    slicePath(text);
+    // systemd has no longer names (UNIT_NAME_MAX), and a path grows with the square of its name by what it is.
+    slicePath(text.slice(0, 255));
     const span = parseSpan(text);
     if (span !== undefined) spanText(span);
     const cidr = parseCidr(text);
