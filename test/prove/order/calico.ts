@@ -52,20 +52,24 @@ const oursDecides = (look: Look | undefined): boolean => {
 };
 const theirsFirst = (look: Look | undefined): boolean => targets(look)[0] === "cali-OUTPUT";
 
-/** How often a jump to a chain of these was put in anew, in any hook: each time it has a new handle. */
+/**
+ * How often a jump to a chain of these was put in anew, in any hook: each time it has a new handle. What is written within a
+ * second is one time: a look meets the hooks one after the other.
+ */
 function rewrites(all: readonly Look[], chains: RegExp): number {
-  let count = 0;
+  const times: number[] = [];
   let known: ReadonlySet<string> = new Set();
-  for (const [index, { hooks }] of all.entries()) {
+  for (const [index, { at, hooks }] of all.entries()) {
     const now = new Set(
       [...hooks].flatMap(([hook, rules]) =>
         rules.flatMap(({ target, handle }) => (chains.test(target) ? [`${hook} ${handle}`] : [])),
       ),
     );
-    if (index > 0 && [...now].some((jump) => !known.has(jump))) count += 1;
+    const anew = index > 0 && [...now].some((jump) => !known.has(jump));
+    if (anew && at - (times.at(-1) ?? 0) > 1000) times.push(at);
     known = now;
   }
-  return count;
+  return times.length;
 }
 
 /** The looks from a time on, with the one before them. */
@@ -86,7 +90,9 @@ async function settled(places: readonly Said[]): Promise<void> {
   );
 }
 
+/** Until it is first for the first time: whether it stays so is what is to be seen. */
 async function startCalico(machine: Machine, places: readonly Said[], ...address: string[]): Promise<void> {
+  const from = Date.now();
   await machine.exec([
     "systemd-run",
     "-q",
@@ -95,7 +101,9 @@ async function startCalico(machine: Machine, places: readonly Said[], ...address
     `${REFRESH_SECONDS}s`,
     ...address,
   ]);
-  await settled(places);
+  await waitFor("Calico's jump to be first", async () =>
+    since(places, from).some(theirsFirst) ? true : undefined,
+  );
 }
 
 /** How often each puts its jumps in anew while nobody else writes. */
@@ -145,6 +153,7 @@ export async function besideCalico(
   await machine.exec(`systemctl restart kube-proxy; ${KUBE_READY}`);
   const began = Date.now();
   await startCalico(machine, places);
+  await settled(places);
   const seconds = full ? 60 : 12;
   const quiet = await duel(places, seconds);
   const ours: number[] = [];
