@@ -2,7 +2,7 @@ import { messageOf, VmmeshError } from "../core/errors.ts";
 import { ipFamily, parseHostPort } from "../core/net.ts";
 import type { Paths } from "../core/paths.ts";
 import { readCaptureState } from "../daemon/captureState.ts";
-import { readState } from "../iptables/apply.ts";
+import { readState } from "../iptables/generation.ts";
 import { backendWords } from "../iptables/plan/describe.ts";
 import { glimpse, mayReadRules } from "../iptables/trace/glimpse.ts";
 import { type LiveReport, traceLive } from "../iptables/trace/live.ts";

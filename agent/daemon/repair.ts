@@ -1,7 +1,8 @@
 import { messageOf } from "../core/errors.ts";
 import type { Paths } from "../core/paths.ts";
-import { type Applies, loadConfirmed } from "../iptables/apply.ts";
 import { readFenceCounts } from "../iptables/counts.ts";
+import type { Applies } from "../iptables/generation.ts";
+import { loadConfirmed } from "../iptables/load.ts";
 import { tryRun } from "../iptables/read.ts";
 import type { Host } from "../platform/host.ts";
 import { UNITS } from "../platform/services.ts";

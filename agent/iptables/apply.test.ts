@@ -2,10 +2,13 @@ import { describe, expect, test } from "vitest";
 import { MACHINE, WISH } from "../../test/fakes/capture.ts";
 import { MemoryFiles } from "../../test/fakes/files.ts";
 import type { Command, CommandResult } from "../platform/host.ts";
-import { applyPlan, covers, loadConfirmed, removeCapture, tableDrift, takeBackTrial } from "./apply.ts";
+import { applyPlan, covers } from "./apply.ts";
+import { loadConfirmed, tableDrift } from "./load.ts";
 import { planCapture } from "./plan.ts";
 import type { SeenTable } from "./read.ts";
+import { removeCapture } from "./remove.ts";
 import { renderPlan } from "./render.ts";
+import { takeBackTrial } from "./rollback.ts";
 
 const READS = / -S | list |'list'/;
 

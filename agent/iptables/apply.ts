@@ -1,51 +1,55 @@
 import { VmmeshError } from "../core/errors.ts";
-import { SECOND_MS } from "../core/time.ts";
-import type { Command, CommandResult, Files, Host } from "../platform/host.ts";
+import type { Command, Host } from "../platform/host.ts";
 import { REPAIRS, UNITS } from "../platform/services.ts";
 import { accepted, acceptedElsewhere } from "./accept.ts";
-import { findOurs } from "./elsewhere.ts";
-import { ahead, MENDED, mendedSentences, missing, renderMendScript } from "./mend.ts";
-import { withoutCounters } from "./parse.ts";
-import { backendWords } from "./plan/describe.ts";
-import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
-import { type CapturePlan, type FamilyPlan, planCapture } from "./plan.ts";
+import {
+  type Applies,
+  bootId,
+  carryMarks,
+  type GenerationFile,
+  PRIVATE,
+  readState,
+  removeOldGenerations,
+  uptime,
+  writeState,
+} from "./generation.ts";
+import { renderMendScript } from "./mend.ts";
+import type { CapturePlan } from "./plan.ts";
 import {
   foreignIstio,
   isNew,
   listNftChains,
-  listNftTables,
   type NftChains,
   nftName,
-  readMachine,
-  readTable,
   readTables,
   type SeenTable,
   tryRun,
   writtenTables,
 } from "./read.ts";
-import { Lacking, refusal, refused } from "./refusal.ts";
-import { commentsOf, type RenderedPlan, renderPlan, renderTable, TABLES, tableRules } from "./render.ts";
-import { leftRouting, refuseSharedRouting, undoRouting } from "./routing.ts";
-import { CHAIN, type Family, PASSTHROUGH } from "./rules.ts";
+import { Lacking, refusal } from "./refusal.ts";
+import { takeOutElsewhere } from "./remove.ts";
+import { type RenderedPlan, renderPlan, TABLES, tableRules } from "./render.ts";
 import {
-  nftTables,
-  removeTables,
-  renderChainsOut,
-  renderLoadScript,
-  renderUndoScript,
-  restoreCommand,
-} from "./undo.ts";
-
-export type Applies = Pick<Host, "run" | "files" | "random">;
-
-export interface ApplyOptions {
-  /** Without a confirmation within this time the rules go out again by themselves. */
-  readonly confirmWithinMs: number;
-  /** Root's own directory (0700); what is in it decides what root feeds to the kernel. */
-  readonly rulesDir: string;
-  /** Who keeps the timer: systemd, or a detached shell where there is none (a network namespace). */
-  readonly unit: "systemd" | "detached";
-}
+  type ApplyOptions,
+  arm,
+  awaitRollback,
+  dropDeadTrial,
+  LOCK_SECONDS,
+  stopTimer,
+  undo,
+} from "./rollback.ts";
+import { refuseSharedRouting, undoRouting } from "./routing.ts";
+import type { Family } from "./rules.ts";
+import { nftTables, renderLoadScript, renderUndoScript, restoreCommand } from "./undo.ts";
+import {
+  addPassthroughAddress,
+  applyFamily,
+  applyNft,
+  layRouting,
+  nftText,
+  printed,
+  together,
+} from "./write.ts";
 
 /** Rules that are in force but not yet kept. */
 export interface Trial {
@@ -60,35 +64,9 @@ export interface Trial {
   rollBack(): Promise<void>;
 }
 
-/** State of one generation beside its texts. */
-export interface GenerationFile {
-  readonly version: 1;
-  readonly plan: CapturePlan;
-  readonly bootId: string;
-  /** Seconds of /proc/uptime at which the rollback fires. */
-  readonly deadline: number;
-  /** How the kernel prints what we gave it: drift is a difference from this. Empty until applied. */
-  readonly printed: readonly PrintedTable[];
-  readonly nft: Readonly<Record<string, string>>;
-}
-
-export interface PrintedTable {
-  readonly family: Family;
-  readonly table: SeenTable["table"];
-  readonly own: readonly string[];
-}
-
-const ROLLBACK_UNIT = "vmmesh-rollback";
-/** A rollback beside 50,000 foreign rules takes some; iptables-legacy's may wait for a lock, too. */
-const ROLLBACK_SECONDS = "30";
 /** A note of the plan: capture does without the reasons, as with --rule-comments off. */
 const NO_COMMENTS =
   "iptables has no comment match here (xt_comment), so the rules stand without their reasons and are known by the record alone";
-const PRIVATE = { mode: 0o600 } as const;
-/** So long a person waits for iptables-legacy's lock; the timer waits for as long as it takes. */
-const LOCK_SECONDS = "10";
-/** Another program may change the rules between our look and our restore; then the kernel refuses our `-D` and we look again. */
-const ATTEMPTS = 3;
 
 /**
  * Puts a plan into force for `confirmWithinMs`. Everything is tested first and the rollback is armed before the first rule
@@ -202,15 +180,6 @@ async function tryPlan(
   }
 }
 
-/** Waits for all of them before the first failure, in their order, is thrown: nothing goes on behind a rollback's back. */
-async function together<T extends readonly Promise<unknown>[]>(
-  started: readonly [...T],
-): Promise<{ -readonly [K in keyof T]: Awaited<T[K]> }> {
-  await Promise.allSettled(started);
-  for (const each of started) await each;
-  return Promise.all(started);
-}
-
 /**
  * Our part of the tables before anything is applied.
  *
@@ -239,25 +208,6 @@ async function readOwn(
 }
 
 /**
- * Takes back a trial whose owner is gone, without waiting for its timer. Only for a caller that holds the lock of the
- * machine: then nobody else can be waiting to confirm it.
- *
- * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE, STATE_UNREADABLE
- */
-export async function takeBackTrial(
-  host: Applies,
-  rulesDir: string,
-  unit: ApplyOptions["unit"],
-): Promise<void> {
-  const found = await readState(host.files, rulesDir, "trial");
-  if (found === undefined) return;
-  if (found.state.bootId === (await bootId(host.files))) await undo(host, found.here, "trial");
-  else await host.files.remove(`${rulesDir}/trial`);
-  await stopTimer(host, unit);
-  await removeOldGenerations(host.files, rulesDir);
-}
-
-/**
  * Takes a former generation's chains out before another's go in. Guard and fence of the new one hold the traffic
  * meanwhile; where it has none, nothing captures for a moment.
  */
@@ -281,38 +231,8 @@ function goneTables(former: CapturePlan, next: CapturePlan): string[] {
   return nftTables(former).filter((table) => !kept.includes(table));
 }
 
-/**
- * Rules of ours are in one backend of iptables only.
- *
- * @param but the one in which they belong; undefined: in none
- * @param here directory of the generation that may have made them
- * @returns the backends in which there were some
- */
-async function takeOutElsewhere(host: Applies, but: CapturePlan["backend"], here: string): Promise<string[]> {
-  const found = await findOurs(host, but);
-  for (const ours of found) {
-    const result = await host.run({
-      argv: ["sh", "-s", here, LOCK_SECONDS],
-      input: renderChainsOut(ours, ours.chains),
-    });
-    if (result.code !== 0) throw await refusal(host, result, `the way out of iptables-${ours.backend}`);
-  }
-  return found.map(({ backend }) => backend);
-}
-
 async function takeOutRouting(host: Applies, former: CapturePlan): Promise<void> {
   await host.run({ argv: ["sh", "-s"], input: undoRouting(former).join("\n") });
-}
-
-/** What a rollback by the timer has left behind: texts only, nothing of it is in force. */
-async function removeOldGenerations(files: Files, rulesDir: string): Promise<void> {
-  const inForce = await Promise.all(
-    (["confirmed", "retired"] as const).map((link) => files.readLink(`${rulesDir}/${link}`)),
-  );
-  for (const name of (await files.list(rulesDir)) ?? []) {
-    if (name === "undone" || (name.startsWith("gen-") && !inForce.includes(name)))
-      await files.remove(`${rulesDir}/${name}`);
-  }
 }
 
 /** What is there before us; the texts of iptables, both families, are tested against it. */
@@ -398,27 +318,6 @@ async function markMadeTables(
   );
 }
 
-/** Istio's Envoy connects to IPv6 applications from ::6, which no machine has by itself (VM protocol, ch. 7.3). */
-async function addPassthroughAddress(host: Applies, here: string, plan: CapturePlan): Promise<void> {
-  if (!plan.families.some(({ family }) => family === 6)) return;
-  const mark = `${here}/made.address`;
-  const marked = (await host.files.stat(mark)) !== undefined;
-  // First: who is killed in between leaves a mark that has nothing to take back, not an address that nobody does.
-  if (!marked) await host.files.writeAtomic(mark, "", PRIVATE);
-  const added = await tryRun(host, {
-    argv: ["ip", "-6", "addr", "add", `${PASSTHROUGH[6]}/128`, "dev", "lo"],
-  });
-  if (!marked && added?.code !== 0) await host.files.remove(mark);
-}
-
-/** @returns what was missing, one sentence each */
-async function layRouting(host: Applies, here: string, plan: CapturePlan): Promise<string[]> {
-  if (plan.routeTable === undefined) return [];
-  const result = await host.run({ argv: ["sh", `${here}/routing.sh`] });
-  if (result.code !== 0) throw refused(result, `${here}/routing.sh`);
-  return result.stdout.split("\n").filter((line) => line !== "");
-}
-
 /** Does `next` write every chain that `former` wrote? What only the guard holds is in no table of iptables. Pure. */
 export function covers(next: CapturePlan, former: CapturePlan): boolean {
   const chains = (plan: CapturePlan): string[] => [
@@ -439,7 +338,7 @@ export function covers(next: CapturePlan, former: CapturePlan): boolean {
  * One that begins from now on finds the trial and does nothing. One that has begun already would write the former rules
  * over the new ones.
  */
-async function endRepairs(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
+export async function endRepairs(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
   if (unit !== "systemd") return;
   const result = await host.run({ argv: ["systemctl", "stop", ...REPAIRS] });
   if (result.code === 0) return;
@@ -451,128 +350,6 @@ async function endRepairs(host: Applies, unit: ApplyOptions["unit"]): Promise<vo
       next: `Look at \`systemctl status ${UNITS.repairRun}\`, then run the same command again.`,
     },
   );
-}
-
-async function arm(host: Applies, here: string, { confirmWithinMs, unit }: ApplyOptions): Promise<void> {
-  const seconds = confirmWithinMs / 1000;
-  if (unit === "detached") {
-    const result = await host.run({
-      argv: ["setsid", "--fork", "sh", `${here}/undo.sh`, "after", String(seconds)],
-    });
-    if (result.code !== 0) throw notArmed(result.stderr);
-    return;
-  }
-  await stopTimer(host, unit);
-  const result = await host.run({
-    argv: [
-      "systemd-run",
-      `--unit=${ROLLBACK_UNIT}`,
-      `--on-active=${seconds}s`,
-      // systemd's default would let it be a minute late (systemd.timer(5)).
-      "--timer-property=AccuracySec=100ms",
-      "--collect",
-      "/bin/sh",
-      `${here}/undo.sh`,
-      "trial",
-    ],
-  });
-  if (result.code !== 0) throw notArmed(result.stderr);
-}
-
-function notArmed(stderr: string): VmmeshError {
-  return new VmmeshError(
-    "RULES_NOT_CONFIRMED",
-    "the timer that would take the rules back could not be started, so none were applied",
-    {
-      cause: new Error(stderr.trim().split("\n")[0]),
-      next: "Read `journalctl -u vmmesh-rollback`, mend what it names, and run the same command again.",
-    },
-  );
-}
-
-async function stopTimer(host: Applies, unit: ApplyOptions["unit"]): Promise<void> {
-  // A timer that is not there is as good as a stopped one. A detached sleeper finds its trial gone and ends by itself.
-  if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
-}
-
-/** These tables of a family in one call, each one transaction; looks again when somebody else was quicker. */
-async function applyFamily(
-  host: Applies,
-  plan: CapturePlan,
-  family: Family,
-  tables: readonly SeenTable["table"][],
-  seen: readonly SeenTable[],
-): Promise<void> {
-  const wanted = plan.families.find((it) => it.family === family);
-  if (wanted === undefined || plan.backend === undefined || plan.programs[family] === undefined) return;
-  const argv = restoreCommand(plan, family);
-  let now = seen;
-  for (let attempt = 1; ; attempt += 1) {
-    const jumps = now.filter((table) => table.family === family).flatMap((table) => table.jumps);
-    const text = TABLES.filter((table) => tables.includes(table))
-      .map((table) => renderTable(wanted, table, jumps, commentsOf(plan)))
-      .join("");
-    const result = await host.run({ argv, input: text });
-    if (result.code === 0) return;
-    if (result.code !== 1 || attempt >= ATTEMPTS) throw await refusal(host, result, argv.join(" "));
-    now = await readTables(host, plan);
-  }
-}
-
-/** Guard and fence as one transaction; undefined if there is neither. */
-function nftText(rendered: Pick<RenderedPlan, "guard" | "fence">): string | undefined {
-  const text = `${rendered.guard ?? ""}${rendered.fence ?? ""}`;
-  return text === "" ? undefined : text;
-}
-
-function scopeCommand(here: string, what: "load" | "refresh"): readonly [string, ...string[]] {
-  return ["sh", `${here}/scope.sh`, what];
-}
-
-/**
- * @param here directory of the generation
- * @param gone tables that go in the same transaction
- * @param before what was there before us; undefined: not known
- */
-async function applyNft(
-  host: Applies,
-  rendered: Pick<RenderedPlan, "guard" | "fence" | "scope">,
-  here: string,
-  gone: readonly string[] = [],
-  before?: NftChains,
-): Promise<void> {
-  const text = nftText(rendered);
-  if (text === undefined) return;
-  const argv = rendered.scope === undefined ? (["nft", "-f", "-"] as const) : scopeCommand(here, "load");
-  const load = (input: string): Promise<CommandResult> => host.run({ argv, input });
-  // Whoever deletes a table waits for the kernel to have forgotten it (12 ms), also one that it has just made for that.
-  const created = before !== undefined && gone.length === 0 ? createdOnly(text, before) : undefined;
-  if (created !== undefined && (await load(created)).code === 0) return;
-  const result = await load(`${removeTables(gone)}${text}`);
-  if (result.code !== 0) throw refused(result, argv.join(" "));
-}
-
-/** The text for a machine without these tables: it is refused where there is one. undefined: there was one. */
-function createdOnly(text: string, before: NftChains): string | undefined {
-  const replaced = /^add table (.+)\ndelete table \1$/gm;
-  return [...text.matchAll(replaced)].some(([, name = ""]) => before.has(name))
-    ? undefined
-    : text.replace(replaced, "create table $1");
-}
-
-async function printed(
-  host: Applies,
-  plan: CapturePlan,
-  before?: NftChains,
-): Promise<Pick<GenerationFile, "printed" | "nft">> {
-  const [texts, tables] = await together([
-    listNftTables(host, nftTables(plan)),
-    readTables(host, plan, before),
-  ]);
-  return {
-    printed: tables.map(({ family, table, own }) => ({ family, table, own })),
-    nft: Object.fromEntries(nftTables(plan).map((name) => [name, texts[name] ?? ""])),
-  };
 }
 
 async function confirm(
@@ -599,375 +376,4 @@ async function confirm(
   // What it holds is of the former generation. It does not wait for the target, which a first join starts later.
   if (unit === "systemd") await tryRun(host, { argv: ["systemctl", "restart", UNITS.hold] });
   if (former !== undefined && former !== generation) await host.files.remove(`${rulesDir}/${former}`);
-}
-
-/** What the former generation made (tables, the address) is still ours to take back. */
-async function carryMarks(files: Files, from: string, to: string): Promise<void> {
-  for (const name of (await files.list(from)) ?? []) {
-    if (name.startsWith("made.")) await files.writeAtomic(`${to}/${name}`, "", PRIVATE);
-  }
-}
-
-async function undo(host: Applies, here: string, mode: "trial" | "now"): Promise<void> {
-  const result = await host.run({ argv: ["sh", `${here}/undo.sh`, mode, LOCK_SECONDS] });
-  if (result.code !== 0) throw await refusal(host, result, `${here}/undo.sh ${mode}`);
-}
-
-async function bootId(files: Pick<Files, "readText">): Promise<string> {
-  return ((await files.readText("/proc/sys/kernel/random/boot_id")) ?? "").trim();
-}
-
-/** Seconds since boot, also while suspended. */
-async function uptime(files: Pick<Files, "readText">): Promise<number> {
-  return Number(((await files.readText("/proc/uptime")) ?? "0").split(" ")[0]);
-}
-
-function writeState(files: Files, here: string, state: GenerationFile): Promise<void> {
-  return files.writeAtomic(`${here}/plan.json`, `${JSON.stringify(state, null, 1)}\n`, PRIVATE);
-}
-
-export async function readState(
-  files: Files,
-  rulesDir: string,
-  link: "confirmed" | "trial" | "retired",
-): Promise<{ here: string; state: GenerationFile } | undefined> {
-  const generation = await files.readLink(`${rulesDir}/${link}`);
-  if (generation === undefined) return undefined;
-  const here = `${rulesDir}/${generation}`;
-  const text = await files.readText(`${here}/plan.json`);
-  const unreadable = (why: string): VmmeshError =>
-    new VmmeshError("STATE_UNREADABLE", `${here}/plan.json ${why}`, {
-      next: "Run `vmmesh iptables clean` to take all rules of vmmesh out, then `vmmesh iptables apply`.",
-    });
-  if (text === undefined) throw unreadable("is missing");
-  let state: GenerationFile;
-  try {
-    // Root wrote it, in a directory only root can enter.
-    state = JSON.parse(text) as GenerationFile;
-  } catch {
-    throw unreadable("is not JSON");
-  }
-  if (state.version !== 1)
-    throw unreadable(`was written by a newer vmmesh (version ${String(state.version)})`);
-  return { here, state };
-}
-
-/** A trial that has been claimed by its rollback is none any more, and its rules are still going out. */
-async function awaitRollback(host: Pick<Applies, "files" | "run">, rulesDir: string): Promise<void> {
-  if (!(await rollsBack(host, rulesDir, ["--wait", ROLLBACK_SECONDS]))) return;
-  throw new VmmeshError("BUSY", `rules on trial have been going out for ${ROLLBACK_SECONDS} s`, {
-    next: "Read `journalctl -u vmmesh-rollback`, then run the same command again.",
-  });
-}
-
-/**
- * The rollback holds a lock on the directory, which the kernel takes back when its last program has ended or died.
- * @param patience options of flock(1): what it does about a lock that another holds
- */
-async function rollsBack(
-  { files, run }: Pick<Applies, "files" | "run">,
-  rulesDir: string,
-  patience: readonly string[],
-): Promise<boolean> {
-  if ((await files.stat(rulesDir)) === undefined) return false;
-  const waited = await run({ argv: ["flock", ...patience, rulesDir, "true"], timeoutMs: 60 * SECOND_MS });
-  return waited.code !== 0;
-}
-
-/** A trial of a former boot, or one whose timer was lost, is no trial any more. */
-async function dropDeadTrial(host: Applies, rulesDir: string): Promise<"none" | "running" | "dropped"> {
-  if ((await host.files.readLink(`${rulesDir}/trial`)) === undefined) return "none";
-  const trial = await readState(host.files, rulesDir, "trial");
-  if (trial === undefined) return "none";
-  const { here, state } = trial;
-  const rebooted = state.bootId !== (await bootId(host.files));
-  // The timer has ten seconds beyond its time before it counts as lost.
-  if (!rebooted && (await uptime(host.files)) < state.deadline + 10) return "running";
-  if (rebooted) await host.files.remove(`${rulesDir}/trial`);
-  else await undo(host, here, "trial");
-  await host.files.remove(here);
-  await host.files.remove(`${rulesDir}/undone`);
-  return "dropped";
-}
-
-/** What boot and repair found, and did. */
-export interface LoadReport {
-  readonly state: "nothing confirmed" | "trial running" | "in place" | "repaired";
-  /** One sentence for each thing that was mended, with who is likely to have moved it. */
-  readonly repaired: readonly string[];
-  /** Whose tables they are in, and why there. */
-  readonly backend?: string;
-  /** Whose port 53 they capture. */
-  readonly resolvers?: readonly string[];
-  /** A trial that a reboot or a lost timer had left over was dropped. */
-  readonly droppedTrial: boolean;
-}
-
-/**
- * Holds the kernel equal to the confirmed rules; what boot and every repair call. Reads first, and writes only tables in
- * which something is missing, changed or displaced, each in one transaction without a gap. Giving it twice changes nothing.
- *
- * What others displace is looked at first: order in nat, guard and fence, some seven programs; then every chain, some thirty.
- */
-export async function loadConfirmed(host: Applies, rulesDir: string): Promise<LoadReport> {
-  const dropped = (await dropDeadTrial(host, rulesDir)) === "dropped";
-  // A trial replaces the confirmed rules in the kernel: putting these back would undo it behind its back.
-  if (
-    (await host.files.readLink(`${rulesDir}/trial`)) !== undefined ||
-    (await rollsBack(host, rulesDir, ["--nonblock"]))
-  ) {
-    return { state: "trial running", repaired: [], droppedTrial: false };
-  }
-  const confirmed = await readState(host.files, rulesDir, "confirmed");
-  if (confirmed === undefined) return { state: "nothing confirmed", repaired: [], droppedTrial: dropped };
-  const { here, state } = confirmed;
-  const { plan } = state;
-  // Both families and nft side by side: none waits for another's thousand rules.
-  const first = await Promise.all([
-    ...plan.families.map((wanted) => mendTable(host, state, wanted, "nat", "order")),
-    mendNft(host, here, state),
-  ]);
-  await addPassthroughAddress(host, here, plan);
-  const laid = await layRouting(host, here, plan);
-  const rest = await Promise.all(
-    plan.families.flatMap((wanted) =>
-      // One after the other within a family: legacy has one lock.
-      TABLES.reduce<Promise<string[]>>(
-        async (before, table) => [
-          ...(await before),
-          ...(await mendTable(host, state, wanted, table, "everything")),
-        ],
-        Promise.resolve([]),
-      ),
-    ),
-  );
-  const mended = [...first, laid, ...rest].flat();
-  if (mended.length > 0) await writeState(host.files, here, { ...state, ...(await printed(host, plan)) });
-  const repaired = [...(await takeMended(host.files, here)), ...mended];
-  return {
-    state: repaired.length > 0 ? "repaired" : "in place",
-    repaired,
-    backend: backendWords(plan),
-    ...(plan.resolvers === undefined ? {} : { resolvers: plan.resolvers }),
-    droppedTrial: dropped,
-  };
-}
-
-/** What `mend.sh` mended since it was last asked. It never runs beside us. */
-async function takeMended(files: Files, here: string): Promise<string[]> {
-  const text = await files.readText(`${here}/${MENDED}`);
-  if (text === undefined) return [];
-  await files.remove(`${here}/${MENDED}`);
-  return mendedSentences(text);
-}
-
-/** Guard and fence: what is gone or changed is loaded again, both in one transaction. @returns what was mended */
-async function mendNft(host: Applies, here: string, { plan, nft }: GenerationFile): Promise<string[]> {
-  const now = await listNftTables(host, nftTables(plan));
-  const lost = nftTables(plan).filter((name) => now[name] !== nft[name]);
-  if (lost.length === 0) {
-    if (plan.units !== undefined) await refreshUnits(host, here);
-    return [];
-  }
-  const { guard, fence, scope } = renderPlan(plan);
-  const isFence = (name: string): boolean => name.endsWith("-fence");
-  await applyNft(
-    host,
-    {
-      guard: lost.every(isFence) ? undefined : guard,
-      fence: lost.some(isFence) ? fence : undefined,
-      // A part of the tables only: the elements of the others are there already.
-      scope,
-    },
-    here,
-  );
-  return lost.map((name) => `table ${name} was ${now[name] === undefined ? "gone" : "changed"}`);
-}
-
-/** The sets as they should be, whoever emptied them; elements are no drift of a table. */
-async function refreshUnits(host: Applies, here: string): Promise<void> {
-  const argv = scopeCommand(here, "refresh");
-  const result = await host.run({ argv });
-  if (result.code !== 0) throw refused(result, argv.join(" "));
-}
-
-/**
- * One iptables table of one family.
- * @param what `order`: are the jumps there and ahead; our own chains are not read
- * @returns what was mended
- */
-async function mendTable(
-  host: Applies,
-  { plan, printed: wantedPrint }: GenerationFile,
-  wanted: FamilyPlan,
-  table: SeenTable["table"],
-  what: "order" | "everything",
-): Promise<string[]> {
-  const { family } = wanted;
-  if (plan.backend === undefined || plan.programs[family] === undefined) return [];
-  if (tableRules(wanted, table).length === 0) return [];
-  const known = what === "order" ? printedOwn(wantedPrint, family, table) : undefined;
-  const seen = await readTable(host, plan, wanted, table, known === undefined ? {} : { own: known });
-  const why = tableDrift(seen, wantedPrint);
-  if (why === undefined) return [];
-  await applyFamily(host, plan, family, [table], [seen]);
-  return [why];
-}
-
-function printedOwn(
-  printed: readonly PrintedTable[],
-  family: Family,
-  table: SeenTable["table"],
-): readonly string[] {
-  return printed.find((it) => it.family === family && it.table === table)?.own ?? [];
-}
-
-/** Why a table has to be written again, in one sentence; undefined if it is as it should be. Pure. */
-export function tableDrift(seen: SeenTable, wanted: readonly PrintedTable[]): string | undefined {
-  const name = `${seen.table} (IPv${seen.family})`;
-  const own = printedOwn(wanted, seen.family, seen.table);
-  const [first] = seen.ahead;
-  if (seen.missing.length > 0) return missing(name, seen.missing);
-  if (first !== undefined) return ahead(name, first.line, first.by);
-  if (seen.jumps.length > new Set(seen.jumps.map((jump) => jump.line)).size)
-    return `${name}: a jump was there twice`;
-  if (own.length !== seen.own.length || own.some((line, index) => line !== seen.own[index]))
-    return `${name}: our own chains were changed`;
-  return undefined;
-}
-
-/** What `leave` can prove. */
-export interface RemoveReport {
-  /** Generations that were taken out. */
-  readonly removed: readonly string[];
-  /** Lines of ours that are still there; empty if all went well. */
-  readonly residue: readonly string[];
-  /** Everybody else's rules are what they were, line by line, counters aside. */
-  readonly foreignUnchanged: boolean;
-}
-
-/**
- * Takes out what was applied, by the record in `rulesDir`, and then the record. Other programs' rules are not touched.
- *
- * @param endRepairs ends a repair that is under way, and who holds the second fence: both would keep what is being taken out
- * @throws {VmmeshError} RULES_REJECTED, RULES_PRIVILEGE; the record stays, so that the command can be given again
- */
-export async function removeCapture(
-  host: Applies,
-  rulesDir: string,
-  endRepairs: () => Promise<void> = async () => undefined,
-): Promise<RemoveReport> {
-  await awaitRollback(host, rulesDir);
-  const removed: string[] = [];
-  let residue: string[] = [];
-  let foreignUnchanged = true;
-  // A repair that begins after this finds nothing confirmed; whoever comes after a kill still finds the record.
-  const confirmed = await host.files.readLink(`${rulesDir}/confirmed`);
-  if (confirmed !== undefined) {
-    await host.files.swapLink(`${rulesDir}/retired`, confirmed);
-    await host.files.remove(`${rulesDir}/confirmed`);
-  }
-  await endRepairs();
-  for (const link of ["trial", "retired"] as const) {
-    const found = await readableState(host.files, rulesDir, link);
-    if (found === undefined) continue;
-    const { here, state } = found;
-    const before = await foreignLines(host, state.plan);
-    // The text that was rendered then may be older than this program; both know the same chains.
-    await undo(host, here, "now");
-    const after = await foreignLines(host, state.plan);
-    foreignUnchanged &&= before.foreign.join("\n") === after.foreign.join("\n");
-    residue = [
-      ...after.ours,
-      ...(await tablesThere(host, state.plan)),
-      ...(await leftRouting(host, state.plan)),
-    ];
-    removed.push(here);
-  }
-  await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
-  if (removed.length === 0 && (await removeUnrecorded(host))) removed.push("rules without a record");
-  const strays = await takeOutElsewhere(host, undefined, rulesDir);
-  removed.push(...strays.map((backend) => `rules in iptables-${backend}`));
-  if (residue.length === 0) await host.files.remove(rulesDir);
-  return { removed, residue, foreignUnchanged };
-}
-
-async function tablesThere(host: Applies, plan: CapturePlan): Promise<string[]> {
-  const texts = await listNftTables(host, nftTables(plan));
-  return nftTables(plan).filter((name) => texts[name] !== undefined);
-}
-
-/** A record that cannot be read must not keep anybody from leaving: it counts as lost. */
-async function readableState(...args: Parameters<typeof readState>): ReturnType<typeof readState> {
-  try {
-    return await readState(...args);
-  } catch (thrown) {
-    if (thrown instanceof VmmeshError && thrown.code === "STATE_UNREADABLE") return undefined;
-    throw thrown;
-  }
-}
-
-/** Its plans, for each kind of inbound capture, have every chain, in both families: for finding what is ours when the record is lost. */
-const EVERYTHING: CaptureWish = {
-  agentUid: 1,
-  envoyUid: 1,
-  inbound: { kind: "all", excludePorts: [] },
-  sshPorts: [],
-  outbound: { cidrs: ["*"], excludeCidrs: [], excludePorts: [] },
-  meshCidrs: ["192.0.2.0/24"],
-  senders: { only: { uids: [2], gids: [] }, never: { uids: [], gids: [] } },
-  dns: { servers: ["192.0.2.1", "2001:db8::1"] },
-  ipv6: true,
-  istiod: [],
-  keep: [],
-};
-
-/** Takes out rules that carry our comment although no record knows them. Somebody else's ISTIO_* chains are left alone. */
-async function removeUnrecorded(host: Applies): Promise<boolean> {
-  const machine = await readMachine(host);
-  if (machine.backend === undefined && !machine.nft) return false;
-  const tproxy = { mode: "TPROXY", routeTable: DEFAULT_ROUTE_TABLE } as const;
-  const plans = ([EVERYTHING.inbound, { kind: "ports", ports: [1] }] as const).flatMap((inbound) =>
-    ([{ mode: "REDIRECT" }, tproxy] as const).map((interception) =>
-      planCapture({ ...EVERYTHING, inbound, interception }, machine),
-    ),
-  );
-  const plan: CapturePlan = {
-    ...planCapture({ ...EVERYTHING, interception: tproxy }, machine),
-    families: ([4, 6] as const).map((family) => ({
-      family,
-      rules: plans.flatMap(({ families }) => families.find((it) => it.family === family)?.rules ?? []),
-    })),
-  };
-  const seen = await readTables(host, plan);
-  const tables = Object.values(await listNftTables(host, nftTables(plan)));
-  const ours =
-    seen.some((table) => table.own.length > 0 || table.jumps.length > 0) ||
-    tables.some((it) => it !== undefined);
-  const foreign = foreignIstio(seen);
-  // Where not one rule carries a comment, our own tables beside them say whose they are.
-  const commented = foreign.length < seen.reduce((sum, { own }) => sum + own.length, 0);
-  const witnessed = !commented && tables.some((it) => it !== undefined);
-  if (!ours || (foreign.length > 0 && !witnessed)) return false;
-  const result = await host.run({ argv: ["sh", "-s", "now", LOCK_SECONDS], input: renderUndoScript(plan) });
-  if (result.code !== 0) throw await refusal(host, result, "the undo script");
-  return true;
-}
-
-const OURS = new RegExp(`\\b(${Object.values(CHAIN).join("|")})\\b`);
-
-async function foreignLines(
-  host: Applies,
-  plan: CapturePlan,
-): Promise<{ foreign: string[]; ours: string[] }> {
-  const lines: string[] = [];
-  for (const { family } of plan.families) {
-    const program = plan.programs[family];
-    if (program === undefined) continue;
-    const save = await host.run({ argv: [`${program}-save`] });
-    lines.push(...withoutCounters(save.stdout));
-  }
-  // Headings of tables and policies come and go with tables that only we used.
-  const rules = lines.filter((line) => line.startsWith("-A") || / -$/.test(line));
-  return { foreign: rules.filter((line) => !OURS.test(line)), ours: rules.filter((line) => OURS.test(line)) };
 }

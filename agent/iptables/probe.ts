@@ -2,8 +2,8 @@ import { VmmeshError } from "../core/errors.ts";
 import { bracketed } from "../core/net.ts";
 import { PORTS, PROBE_ADDRESS, PROBE_ANSWER } from "../core/paths.ts";
 import type { Host } from "../platform/host.ts";
-import { readState } from "./apply.ts";
 import { type Finding, finding, REPAIR, type Severity } from "./audit/finding.ts";
+import { readState } from "./generation.ts";
 import { type Family, hostCidr } from "./rules.ts";
 
 /**

@@ -1,10 +1,12 @@
 import { spawn } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { applyPlan } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import { auditExitCode } from "../../agent/iptables/audit/finding.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
 import { DEFAULT_ROUTE_TABLE } from "../../agent/iptables/plan/wish.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;

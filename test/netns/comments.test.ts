@@ -1,6 +1,7 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
 import { Lab, SERVICE, UID, WISH } from "./lab.ts";
 

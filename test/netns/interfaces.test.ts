@@ -1,8 +1,8 @@
 import { execFileSync } from "node:child_process";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 /** A container behind docker0, as Docker lays it: a bridge with the gateway's address, the machine forwards. */

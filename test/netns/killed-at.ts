@@ -1,6 +1,8 @@
-import { applyPlan, loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { applyPlan } from "../../agent/iptables/apply.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
 import { planCapture } from "../../agent/iptables/plan.ts";
 import { readMachine } from "../../agent/iptables/read.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { renderPlan } from "../../agent/iptables/render.ts";
 import type { Files, Host } from "../../agent/platform/host.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";

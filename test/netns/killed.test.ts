@@ -2,7 +2,8 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { text } from "node:stream/consumers";
 import { describe, expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { eventually, Lab } from "./lab.ts";
 
 /** Killed at every step: each begin and end of a program, each write. What is left is the state before or the one after. */

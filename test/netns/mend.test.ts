@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { Lab, REMOTE, SERVICE, UID } from "./lab.ts";
 
 /** The first, quick repair: the shell script that was rendered when the rules were applied. */

@@ -1,7 +1,8 @@
 import { spawn } from "node:child_process";
 import { createInterface } from "node:readline";
 import { expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { type Change, monitorReader } from "../../agent/iptables/watch.ts";
 import { eventually, Lab, REMOTE, WISH } from "./lab.ts";
 

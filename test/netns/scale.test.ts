@@ -1,7 +1,8 @@
 import { createHash } from "node:crypto";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
 import { withoutCounters } from "../../agent/iptables/parse.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { kubeProxyRules } from "./kubeProxy.ts";
 import { Lab, SERVICE, UID } from "./lab.ts";
 

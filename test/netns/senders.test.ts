@@ -1,6 +1,6 @@
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { removeCapture } from "../../agent/iptables/apply.ts";
 import type { CaptureWish, MachineFacts } from "../../agent/iptables/plan/wish.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { eventually, Lab, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;

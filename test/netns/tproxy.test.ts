@@ -1,7 +1,8 @@
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { loadConfirmed, removeCapture } from "../../agent/iptables/apply.ts";
 import { auditCapture } from "../../agent/iptables/audit/audit.ts";
+import { loadConfirmed } from "../../agent/iptables/load.ts";
 import type { CaptureWish } from "../../agent/iptables/plan/wish.ts";
+import { removeCapture } from "../../agent/iptables/remove.ts";
 import { both, eventually, Lab, LEGACY, MACHINE, REMOTE, SERVICE, UID, WISH } from "./lab.ts";
 
 let lab: Lab;

@@ -1,5 +1,5 @@
-import type { GenerationFile } from "../apply.ts";
 import type { BackendEvidence } from "../backend.ts";
+import type { GenerationFile } from "../generation.ts";
 import type { BaseChain, ListeningSocket, ParsedTable } from "../parse.ts";
 import type { Backend } from "../plan/wish.ts";
 import type { SeenTable } from "../read.ts";

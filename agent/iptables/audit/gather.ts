@@ -1,7 +1,7 @@
 import { VmmeshError } from "../../core/errors.ts";
 import { accepted, acceptedElsewhere } from "../accept.ts";
-import { readState } from "../apply.ts";
 import { type BackendEvidence, evidenceOf } from "../backend.ts";
+import { readState } from "../generation.ts";
 import { lackOf } from "../lack.ts";
 import { type ParsedTable, parseBaseChains, parseListeners, parseRule } from "../parse.ts";
 import type { CapturePlan } from "../plan.ts";

@@ -1,4 +1,4 @@
-import type { GenerationFile } from "../apply.ts";
+import type { GenerationFile } from "../generation.ts";
 import type { CapturePlan } from "../plan.ts";
 import { tableRules } from "../render.ts";
 import { isHook, isOurLine } from "../rules.ts";

@@ -1,4 +1,4 @@
-import type { GenerationFile } from "../apply.ts";
+import type { GenerationFile } from "../generation.ts";
 import { GUARD_PRIORITY } from "../nft.ts";
 import type { BaseChain } from "../parse.ts";
 import { nftTables } from "../undo.ts";
