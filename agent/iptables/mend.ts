@@ -51,7 +51,9 @@ export function renderMendScript({
       ? []
       : [
           JUDGE.replace("OUR_JUMPS", targets(own))
-            .replace("HARMLESS", targets(HARMLESS))
+            .replace("HARMLESS", targets([...HARMLESS].filter((target) => target !== "RETURN")))
+            // In the hook itself both end it: there is no chain to come back to.
+            .replace("ENDING", `*" -j RETURN "*|*" -g "*`)
             .replaceAll("DIVERTING", targets([...DIVERTING, ...KNOWN_DIVERTERS])),
         ]),
     ...parts.flatMap(({ name, lines }) => [`${name}() {`, ...lines, "}"]),
@@ -109,9 +111,9 @@ judge() {
         found=yes out="$out-D ${"$"}{line#-A }
 " ;;
       HARMLESS) ;;
-      DIVERTING)
+      ENDING|DIVERTING)
         [ -n "$found$ahead" ] || ahead=$line ;;
-      *" -j "*|*" -g "*)
+      *" -j "*)
         rule=$line
         [ -n "$found$ahead" ] || ! leads_away "$1" || ahead=$rule ;;
     esac

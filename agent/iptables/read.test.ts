@@ -24,18 +24,21 @@ const CLEARS = "-A cali-OUTPUT -j MARK --set-xmark 0x0/0xf0000";
 const TO_HOST_ENDPOINT = "-A cali-OUTPUT -j cali-to-host-endpoint";
 const ACCEPTED = "-A cali-OUTPUT -m mark --mark 0x10000/0x10000 -j ACCEPT";
 
-/** The chain of Calico's as we judge it ahead of ours: who keeps a packet from us, if anybody. */
-async function ahead(table: "raw" | "nat", ...rules: string[]): Promise<string | undefined> {
+/** Who keeps a packet from us in OUTPUT, if anybody, and by which rule. */
+async function ahead(table: "raw" | "nat", rules: readonly string[]) {
   const plan = planCapture({ ...WISH, dns: { servers: ["10.0.0.2"] } }, MACHINE);
   const family = plan.families.find((it) => it.family === 4);
   if (family === undefined) throw new Error("the plan has no IPv4");
-  const seen = await readTable(withRules([TO_CALICO, JUMP[table], ...rules]), plan, family, table);
-  return seen.ahead.find(({ hook }) => hook === "OUTPUT")?.by;
+  const seen = await readTable(withRules([...rules, JUMP[table]]), plan, family, table);
+  return seen.ahead.find(({ hook }) => hook === "OUTPUT");
 }
+
+const calico = async (table: "raw" | "nat", ...rules: string[]): Promise<string | undefined> =>
+  (await ahead(table, [TO_CALICO, ...rules]))?.by;
 
 describe("Calico's rules of table raw ahead of ours", () => {
   test("accept only what its own policy has marked, and without one nothing is", async () => {
-    expect(await ahead("raw", CLEARS, TO_HOST_ENDPOINT, ACCEPTED)).toBeUndefined();
+    expect(await calico("raw", CLEARS, TO_HOST_ENDPOINT, ACCEPTED)).toBeUndefined();
   });
 
   test.for([
@@ -67,12 +70,20 @@ describe("Calico's rules of table raw ahead of ours", () => {
       rules: [CLEARS, "-A cali-OUTPUT -p udp --dport 53 -j ACCEPT"],
     },
   ])("keep a question from us where $name", async ({ rules }) => {
-    expect(await ahead("raw", ...rules)).toBe("calico");
+    expect(await calico("raw", ...rules)).toBe("calico");
   });
 
   test("drop what they would drop behind us, too", async () => {
     const drops = "-A cali-OUTPUT -m rpfilter --validmark --invert -j DROP";
-    expect(await ahead("raw", drops)).toBeUndefined();
-    expect(await ahead("nat", drops)).toBe("calico");
+    expect(await calico("raw", drops)).toBeUndefined();
+    expect(await calico("nat", drops)).toBe("calico");
   });
 });
+
+test.for(["-A OUTPUT -p tcp -j RETURN", "-A OUTPUT -p tcp -g MORE"])(
+  "%s in the hook itself ends it: there is no chain to come back to",
+  async (line) => {
+    expect(await ahead("nat", [line])).toMatchObject({ line });
+    expect(await ahead("nat", ["-A OUTPUT -j OTHER", line.replace("OUTPUT", "OTHER")])).toBeUndefined();
+  },
+);

@@ -410,6 +410,9 @@ export async function readTable(
 
 const MAX_DEPTH = 5;
 
+/** In a hook itself there is no chain to come back to, neither for RETURN nor from where a goto has led. */
+const endsHook = (rule: ParsedRule): boolean => rule.target === "RETURN" || rule.words.includes("-g");
+
 interface Passed {
   /** undefined: the rule keeps no packet from us; else the program whose chain it is, empty if unknown. */
   readonly by: string | undefined;
@@ -426,7 +429,7 @@ async function walkAhead(
   clear: Bits,
   depth: number,
 ): Promise<Passed> {
-  const kind = diverts(rule);
+  const kind = depth === 0 && endsHook(rule) ? "yes" : diverts(rule);
   if (kind === "no") return { by: undefined, clear: clearAfter(rule, clear) };
   if (asksForClear(rule, clear)) return { by: undefined, clear };
   const chain = rule.target ?? "";

@@ -49,7 +49,8 @@ describe("the quick repair", () => {
         "-I OUTPUT 1 -m comment --comment 'it says \"-j MARK\"' -j OTHER",
       ],
     },
-    { name: "a goto", rules: ["-N DOCKER", "-I OUTPUT 1 -g DOCKER"] },
+    { name: "a goto, from where nothing comes back", rules: ["-N OTHER", "-I OUTPUT 1 -g OTHER"] },
+    { name: "a RETURN in the hook itself, which ends it", rules: ["-I OUTPUT 1 -p tcp -j RETURN"] },
     {
       name: "a rule whose comment holds our jump, quotes and a command",
       rules: [
