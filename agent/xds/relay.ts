@@ -346,12 +346,13 @@ export class AdsRelay {
   async #keepUpstream(signal: AbortSignal): Promise<void> {
     const { clock, random } = this.#deps.host;
     const uniform = uniformFrom(random);
-    const abort = aborted(signal);
     let waits = backoff(uniform);
+    // No race against a promise of the end: until then it would hold one reaction for every reconnect.
+    signal.addEventListener("abort", () => this.#wantsUpstream.resolve(), { once: true });
     while (!signal.aborted) {
-      await Promise.race([this.#wantsUpstream.promise, abort]);
+      await this.#wantsUpstream.promise;
       if (signal.aborted || this.#withdrawn) {
-        await abort;
+        await aborted(signal);
         return;
       }
       let failure: VmmeshError | undefined;
