@@ -1,8 +1,9 @@
 import { VmmeshError as Failure, type VmmeshError } from "../core/errors.ts";
-import { DAY_MS, MINUTE_MS, SECOND_MS } from "../core/time.ts";
+import { DAY_MS, SECOND_MS } from "../core/time.ts";
 import { type GrpcTarget, unary } from "../platform/grpc.ts";
 import type { Host } from "../platform/host.ts";
 import { readCertificateResponse, writeCertificateRequest } from "../proto/istio.ts";
+import { CLOCK_TOLERANCE_MS } from "./clockCheck.ts";
 import { type KeyKind, makeCsr, makeKey } from "./csr.ts";
 import { BACKDATED_MS } from "./renew.ts";
 import { type Svid, svidFrom } from "./svid.ts";
@@ -10,7 +11,6 @@ import { checkToken, clockOff, expiredError, readToken, tokenExpired } from "./t
 
 const CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 const TIMEOUT_MS = 15 * SECOND_MS;
-const CLOCK_TOLERANCE_MS = 10 * MINUTE_MS;
 
 /** Where the CA is, without credentials. */
 export interface CaTarget {
@@ -33,6 +33,8 @@ export interface EnrollOptions {
   /** Lifetime to ask for, milliseconds; the CA may grant less, and refuses more than it allows. Default one day. */
   readonly ttlMs?: number;
   readonly keyKind?: KeyKind;
+  /** Told when the CA has signed, whatever becomes of the certificate: its dates are by the CA's clock. */
+  readonly onSigned?: (notBefore: Date) => void;
 }
 
 /**
@@ -65,6 +67,7 @@ export async function enroll(
     throw thrown;
   });
   const svid = svidFrom(key, readCertificateResponse(answer), options.spiffe);
+  options.onSigned?.(svid.notBefore);
   const now = host.clock.now();
   const aheadMs = svid.notBefore.getTime() + BACKDATED_MS - now.getTime();
   if (Math.abs(aheadMs) > CLOCK_TOLERANCE_MS) throw clockOff(now, aheadMs, "the CA signed");

@@ -216,7 +216,7 @@ describe("an identity through faults", () => {
       }
       if (sleeps === 200) {
         attempts = machine.attempts;
-        expect(machine.problems).toEqual(["error identity-not-renewed"]);
+        expect(machine.problems).toEqual(["error clock-wrong", "error identity-not-renewed"]);
         expect(machine.words).toContain("clock");
         expect(machine.svids.value?.serial).toBe(serial);
         expect(machine.status?.nextCredential).not.toBe("certificate");
@@ -237,7 +237,7 @@ describe("an identity through faults", () => {
     await machine.live((sleeps) => {
       if (sleeps === 10) machine.offsetMs = 2 * DAY_MS;
       if (sleeps === 60) {
-        expect(machine.problems).toEqual(["error identity-not-renewed"]);
+        expect(machine.problems).toEqual(["error clock-wrong", "error identity-not-renewed"]);
         machine.offsetMs = 0;
       }
       healed = sleeps > 60 && machine.problems.length === 0;
@@ -245,6 +245,27 @@ describe("an identity through faults", () => {
     });
     expect(healed).toBe(true);
     expect(machine.renewed).toEqual(["token", "certificate"]);
+  });
+
+  test("a clock put ahead while the certificate is far from its end: the CA is asked once, and the condition goes with the right clock", async () => {
+    const machine = new Machine(plane, mint(plane));
+    let attempts = 0;
+    let healed = false;
+    await machine.live((sleeps) => {
+      if (sleeps === 10) {
+        attempts = machine.attempts;
+        machine.offsetMs = HOUR_MS;
+      }
+      if (sleeps === 60) {
+        expect(machine.attempts).toBe(attempts + 1);
+        expect(machine.problems).toEqual(["error clock-wrong"]);
+        expect(machine.words).toMatch(/clock is (1h|59m59s) ahead of the mesh's.*timedatectl/);
+        machine.offsetMs = 0;
+      }
+      healed = sleeps > 60 && machine.problems.length === 0;
+      return healed || sleeps > 70;
+    });
+    expect(healed).toBe(true);
   });
 
   test("a machine that wakes from suspend in the middle of a long wait tries at once", async () => {

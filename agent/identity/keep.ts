@@ -4,6 +4,7 @@ import type { Latest } from "../core/signals.ts";
 import { formatDuration, MINUTE_MS, SECOND_MS } from "../core/time.ts";
 import type { Conditions } from "../health/conditions.ts";
 import type { Clock, Host } from "../platform/host.ts";
+import { ClockCheck } from "./clockCheck.ts";
 import {
   type CredentialKind,
   type CredentialSources,
@@ -81,6 +82,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
   let roots: string | undefined;
   let lastError: string | undefined;
   let certificateRefused = false;
+  const check = new ClockCheck(clock, deps.conditions);
   let accepted = svids.value === undefined ? undefined : acceptedNow(svids.value, clock);
   const take = (svid: Svid): void => {
     accepted = acceptedNow(svid, clock);
@@ -114,6 +116,7 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
   while (!signal.aborted) {
     await takeStored();
     const held = svids.value;
+    if (check.look(held?.notBefore)) proveAt = clock.monotonicMs();
     const heldMs = clock.monotonicMs() - (accepted?.acceptedMs ?? 0);
     if (deps.isRefused?.() === true && heldMs > REFUSED_AGAIN_MS) proveAt = clock.monotonicMs();
     const now = clock.now();
@@ -137,7 +140,13 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       const keyKind = deps.keyKind === undefined ? {} : { keyKind: deps.keyKind };
       const { svid, by, ...judged } = await enrollByAny(
         deps,
-        { ca, spiffe: deps.spiffe, ...ttl, ...keyKind },
+        {
+          ca,
+          spiffe: deps.spiffe,
+          ...ttl,
+          ...keyKind,
+          onSigned: (notBefore) => check.signed(notBefore),
+        },
         held,
         signal,
       );
@@ -161,6 +170,8 @@ export async function keepIdentity(deps: KeepDeps, svids: Latest<Svid>, signal: 
       if (signal.aborted) return;
       const error = VmmeshError.from(thrown);
       lastError = messageOf(error);
+      // It has been told: until the clock is right, or the certificate due, the CA is not asked again.
+      if (error.code === "CLOCK_OFF") proveAt = undefined;
       const left = (held?.notAfter.getTime() ?? 0) - clock.now().getTime();
       const waitMs = Math.min(waits.next().value, Math.max(left, WITHOUT_CAP_MS));
       raiseNotRenewed(deps, held, error, waitMs);
