@@ -204,6 +204,11 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       case "reopened":
         log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);
         return;
+      case "node-changed":
+        metrics.xdsStale.set(0);
+        conditions.clear("configuration-stale");
+        log.info("Envoy has another node now: asking istiod anew in its name");
+        return;
       case "envoy-connected":
         log.info("Envoy is connected", { streams: event.streams });
         return;

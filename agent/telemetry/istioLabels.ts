@@ -1,6 +1,6 @@
 import { parseSpiffe } from "../core/spiffe.ts";
 import type { LoggedCommon, LoggedRequest } from "../proto/accessLog.ts";
-import { readStruct, type StructValue } from "../proto/struct.ts";
+import { isStruct, readStruct, type StructValue } from "../proto/struct.ts";
 
 const UNKNOWN = "unknown";
 /** What Istio takes a workload's revision for as long as nobody says another. */
@@ -164,7 +164,7 @@ function byHeader(text: string | undefined): IstioWorkload | undefined {
     const { LABELS: labels } = node;
     return istioWorkload(
       { workload: member("WORKLOAD_NAME"), namespace: member("NAMESPACE"), cluster: member("CLUSTER_ID") },
-      typeof labels === "object" ? labels : {},
+      isStruct(labels) ? labels : {},
     );
   } catch {
     return undefined;

@@ -83,6 +83,9 @@ export interface TypeStatus {
 
 const EMPTY: ReadonlyMap<string, string> = new Map();
 
+/** Of all caches of this process: what one has heard has no number that another had. */
+let revisions = 0;
+
 /**
  * A terminating xDS cache: Envoy's streams on one side, delta or state of the world, one delta stream to istiod on the
  * other, own nonces towards Envoy. Pure: each call returns what is to be sent. Resources are opaque bytes.
@@ -238,7 +241,7 @@ export class DeltaCache {
   fromUpstream(response: DeltaResponse): Effect[] {
     const { typeUrl } = response;
     const state = this.#type(typeUrl);
-    this.#revision += 1;
+    this.#revision = ++revisions;
     state.restored = false;
     for (const resource of response.resources) {
       state.resources.set(resource.name, hold(typeUrl, resource));
@@ -258,7 +261,7 @@ export class DeltaCache {
     return pushes.length > 0 ? pushes : this.#answer(typeUrl, response.nonce, this.#refusal(typeUrl));
   }
 
-  /** Counts what upstream has said. */
+  /** Another one each time that upstream has said something. */
   get revision(): number {
     return this.#revision;
   }
@@ -323,7 +326,7 @@ export class DeltaCache {
 
   /** ACKs a response that the relay itself consumes, or refuses it. */
   acknowledge(response: DeltaResponse, error?: RpcStatus): Effect[] {
-    this.#revision += 1;
+    this.#revision = ++revisions;
     const request = { ...bare(response.typeUrl, response.nonce), ...(error === undefined ? {} : { error }) };
     return [{ to: "upstream", request }];
   }

@@ -32,15 +32,16 @@ function fileOf(
 
 async function saved(): Promise<MemoryFiles> {
   const files = new MemoryFiles({ "/var/lib/vmmesh/token": "" });
-  await fileOf(files).save(SET, 1);
+  await fileOf(files).save(SET, 1, "TPROXY");
   return files;
 }
 
 describe("the configuration on disk", () => {
-  test("comes back byte for byte, with its time and its certificate's end, and nobody else may read it", async () => {
+  test("comes back byte for byte, with its time, its certificate's end and its mode, and nobody else may read it", async () => {
     const files = await saved();
     const found = await fileOf(files).load();
     expect(found?.savedAt).toEqual(new Date(NOW));
+    expect(found?.mode).toBe("TPROXY");
     expect(found?.notAfter).toEqual(new Date(NOW + 3_600_000));
     expect(
       [...(found?.types ?? [])].map(([type, all]) => [type, all.map((it) => [it.name, `${it.any}`])]),
@@ -54,7 +55,7 @@ describe("the configuration on disk", () => {
   test("is none at all before anything was saved, or without a certificate", async () => {
     const files = new MemoryFiles({ "/var/lib/vmmesh/token": "" });
     const file = fileOf(files, { notAfter: undefined });
-    await file.save(SET, 1);
+    await file.save(SET, 1, "TPROXY");
     expect(await file.load()).toBeUndefined();
   });
 
@@ -68,7 +69,7 @@ describe("the configuration on disk", () => {
       notAfter: () => notAfter,
     });
     expect(file.isSaved(1)).toBe(false);
-    await file.save(SET, 1);
+    await file.save(SET, 1, "TPROXY");
     expect([file.isSaved(1), file.isSaved(2)]).toEqual([true, false]);
     notAfter = new Date(NOW + 2000);
     expect(file.isSaved(1)).toBe(false);

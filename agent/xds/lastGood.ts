@@ -11,7 +11,10 @@ import {
 /** Resources of each type, as istiod sent them. */
 export type ResourceSet = ReadonlyMap<string, readonly Resource[]>;
 
-/** Whose configuration it is; the address is not in it, for it may change at a boot. */
+/**
+ * Whose configuration it is. The address is not in it, for it may change at a boot, nor is the rest of Envoy's node: a set
+ * for labels that have changed since is an old one, not a wrong one. The mode stands apart (see `LastGood`).
+ */
 export interface Owner {
   readonly spiffe: string;
   readonly node: string;
@@ -25,6 +28,8 @@ interface Header extends Owner {
   readonly format: number;
   /** RFC 3339. */
   readonly savedAt: string;
+  /** What the listeners are made for: REDIRECT or TPROXY. Files of an older vmmesh do not say. */
+  readonly mode?: string;
   /** End of the certificate of that time, RFC 3339: what is older than its identity is not served. */
   readonly notAfter: string;
 }
@@ -32,6 +37,8 @@ interface Header extends Owner {
 export interface LastGood {
   readonly savedAt: Date;
   readonly notAfter: Date;
+  /** Interception mode of the Envoy that accepted it; undefined: not known. */
+  readonly mode: string | undefined;
   readonly types: ResourceSet;
 }
 
@@ -71,9 +78,10 @@ export class LastGoodFile {
 
   /**
    * Replaces the file in one step; nothing happens without a certificate.
+   * @param mode interception mode of the Envoy that accepted it
    * @throws the errno error of the write; the file before is whole then
    */
-  async save(types: ResourceSet, revision: number): Promise<void> {
+  async save(types: ResourceSet, revision: number, mode: string): Promise<void> {
     const { host, owner, path } = this.#deps;
     const notAfter = this.#deps.notAfter();
     if (notAfter === undefined) return;
@@ -82,6 +90,7 @@ export class LastGoodFile {
       format: FORMAT,
       savedAt: host.clock.now().toISOString(),
       notAfter: notAfter.toISOString(),
+      mode,
       ...owner,
     };
     await host.files.writeAtomic(path, encode(header, types), { mode: 0o600 });
@@ -108,7 +117,7 @@ export class LastGoodFile {
       // The comparison is false for a date that is none, too.
       if (!(notAfter.getTime() > host.clock.now().getTime()))
         throw new Error(`the certificate that it belongs to ended at ${header.notAfter}`);
-      return { savedAt, notAfter, types };
+      return { savedAt, notAfter, mode: header.mode, types };
     } catch (cause) {
       await host.files.writeAtomic(`${path}.refused`, bytes, { mode: 0o600 });
       await host.files.remove(path);

@@ -6,6 +6,7 @@ import { join } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { Client, type ClientDuplexStream, credentials, status } from "@grpc/grpc-js";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
+import { encode, toStruct } from "../../test/controlplane/protos.ts";
 import { type FakeIstiod, SERVER_NAME, startIstiod } from "../../test/fakes/istiod.ts";
 import type { GrpcTarget, ServedStream } from "../platform/grpc.ts";
 import { linuxHost } from "../platform/linux.ts";
@@ -24,6 +25,12 @@ import { AdsRelay, type RelayEvent } from "./relay.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const NODE = Buffer.from("a node, opaque to the relay");
+
+const nodeWith = (metadata: Record<string, unknown>): Uint8Array =>
+  encode("envoy.config.core.v3.Node", { id: "sidecar~10.0.0.9~vm.default~x", metadata: toStruct(metadata) });
+const REDIRECT = nodeWith({ NAME: "vm", INTERCEPTION_MODE: "REDIRECT" });
+const REDIRECT_TURNED = nodeWith({ INTERCEPTION_MODE: "REDIRECT", NAME: "vm" });
+const TPROXY = nodeWith({ NAME: "vm", INTERCEPTION_MODE: "TPROXY" });
 
 /** Values in the order of their coming; `next` waits. */
 class Inbox<T> {
@@ -139,6 +146,8 @@ let names: Inbox<readonly string[]>;
 let first: readonly GrpcTarget[];
 /** No istiod answers, and who pauses, pauses for an hour. */
 let away: boolean;
+/** How much faster the relay's time runs. */
+let haste: number;
 
 function envoy(): FakeEnvoy {
   const it = new FakeEnvoy(socket);
@@ -150,7 +159,7 @@ beforeEach(async () => {
   folder = await mkdtemp(join(tmpdir(), "vmmesh-relay-"));
   socket = join(folder, "xds.sock");
   [streams, asked, events, names, first] = [new Inbox(), new Inbox(), new Inbox(), new Inbox(), []];
-  away = false;
+  [away, haste] = [false, 1];
   istiod = await startIstiod({
     [ADS]: (stream) => {
       streams.put(stream);
@@ -163,7 +172,8 @@ beforeEach(async () => {
       ...host,
       clock: {
         ...host.clock,
-        sleep: (ms, signal) => host.clock.sleep(away ? 3_600_000 : ms, signal),
+        monotonicMs: () => host.clock.monotonicMs() * haste,
+        sleep: (ms, signal) => host.clock.sleep(away ? 3_600_000 : ms / haste, signal),
       },
     },
     listen: (onConnection) => host.net.listenUnix(socket, { mode: 0o600 }, onConnection),
@@ -338,6 +348,88 @@ describe("what istiod sends", () => {
   });
 });
 
+describe("when Envoys have different nodes", () => {
+  const namesIn = async (it: FakeEnvoy): Promise<string[]> =>
+    (await it.heard.next()).resources.map(({ name }) => name);
+  const listeners = (node: Uint8Array): DeltaRequest => request(TYPE_URL.listener, { node });
+
+  /** The next first request for listeners on a new stream. */
+  async function opening(): Promise<DeltaRequest> {
+    for (;;) {
+      const it = await asked.next();
+      if (it.typeUrl === TYPE_URL.listener && it.node !== undefined) return it;
+    }
+  }
+
+  /** An Envoy of REDIRECT that has its listener. */
+  async function served(): Promise<{ one: FakeEnvoy; stream: ServedStream }> {
+    const one = envoy();
+    one.send(listeners(REDIRECT));
+    const stream = await streams.next();
+    expect((await opening()).node).toEqual(Buffer.from(REDIRECT));
+    stream.send(response(TYPE_URL.listener, "1", ["of REDIRECT"]));
+    expect(await namesIn(one)).toEqual(["of REDIRECT"]);
+    return { one, stream };
+  }
+
+  test("after one of another mode istiod is asked anew in the next one's name, and that one gets nothing of the former", async () => {
+    const { one } = await served();
+    one.close();
+    await event("envoy-gone");
+    const next = envoy();
+    next.send(listeners(TPROXY));
+    const stream = await streams.next();
+    expect(await opening()).toEqual(listeners(Buffer.from(TPROXY)));
+    stream.send(response(TYPE_URL.listener, "1", ["of TPROXY"]));
+    expect(await namesIn(next)).toEqual(["of TPROXY"]);
+    expect(next.heard.size).toBe(0);
+  });
+
+  test("both at once: the newest is istiod's, the other keeps what it has, and is istiod's again when it is left alone", async () => {
+    const { one } = await served();
+    const next = envoy();
+    next.send(listeners(TPROXY));
+    const second = await streams.next();
+    expect((await opening()).node).toEqual(Buffer.from(TPROXY));
+    second.send(response(TYPE_URL.listener, "1", ["of TPROXY"]));
+    expect(await namesIn(next)).toEqual(["of TPROXY"]);
+    expect([one.heard.size, one.ended.size]).toEqual([0, 0]);
+
+    haste = 100;
+    next.close();
+    const third = await streams.next();
+    expect(await opening()).toEqual({
+      ...listeners(Buffer.from(REDIRECT)),
+      initialVersions: new Map([["of REDIRECT", ""]]),
+    });
+    third.send(response(TYPE_URL.listener, "1", ["new of REDIRECT"]));
+    expect(await namesIn(one)).toEqual(["new of REDIRECT"]);
+  });
+
+  test("two of one node, whatever the order of its metadata: one stream to istiod serves both", async () => {
+    const { one, stream } = await served();
+    const next = envoy();
+    next.send(listeners(REDIRECT_TURNED));
+    expect(await namesIn(next)).toEqual(["of REDIRECT"]);
+    stream.send(response(TYPE_URL.listener, "2", ["more"]));
+    expect([await namesIn(one), await namesIn(next)]).toEqual([["more"], ["more"]]);
+    expect([istiod.accepted(), relay.status().reconnects]).toEqual([1, 0]);
+  });
+
+  test("a change within a second of the opening waits for no backoff and is no failure", async () => {
+    envoy().send(listeners(REDIRECT));
+    await streams.next();
+    await opening();
+    envoy().send(listeners(TPROXY));
+    await streams.next();
+    expect((await opening()).node).toEqual(Buffer.from(TPROXY));
+    const kinds: string[] = [];
+    while (events.size > 0) kinds.push((await events.next()).kind);
+    expect(kinds).toContain("node-changed");
+    expect(kinds).not.toContain("unreachable");
+  });
+});
+
 describe("towards Envoy", () => {
   test("a request that cannot be read ends that stream and no other", async () => {
     const [bad, good] = [envoy(), envoy()];
@@ -503,6 +595,21 @@ describe("a start without a control plane", () => {
     await it.stop();
     await it.event("last-good-saved");
     expect(await host.files.read(join(folder, "last-good"))).toBeDefined();
+  });
+
+  test("an Envoy of another mode gets nothing of it; it stays for one of its own mode", async () => {
+    await saved(new Date(Date.now() + 60_000));
+    const it = await another(() => false, new Date(Date.now() + 60_000));
+    it.client.send(request(TYPE_URL.cluster, { node: TPROXY }));
+    expect(await it.event("last-good-failed")).toMatchObject({
+      error: { message: expect.stringContaining("its mode is REDIRECT, Envoy's is TPROXY") },
+    });
+    const back = new FakeEnvoy(join(folder, "another.sock"));
+    envoys.push(back);
+    back.send(request(TYPE_URL.cluster, { node: REDIRECT }));
+    expect((await back.heard.next()).resources.map(({ name }) => name)).toEqual(["a"]);
+    expect(it.client.heard.size).toBe(0);
+    await it.stop();
   });
 
   test("a damaged file is told once, and Envoy waits for istiod", async () => {

@@ -29,6 +29,7 @@ import { type RpcStatus, readAny } from "../proto/wire.ts";
 import { DeltaCache, type Dialect, type Effect, type TypeStatus } from "./cache.ts";
 import { needleOf, workloadAt } from "./endpoints.ts";
 import type { LastGoodFile, ResourceSet } from "./lastGood.ts";
+import { type EnvoyNode, readNode } from "./node.ts";
 import { extensionsOf } from "./strip.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService";
@@ -70,10 +71,12 @@ export type RelayEvent =
   | { readonly kind: "fresh" }
   /** What was restored is not served any more: the certificate that it belongs to has ended. */
   | { readonly kind: "last-good-ended" }
-  /** A write has worked again. */
+  /** What could not be read or written has been written. */
   | { readonly kind: "last-good-saved" }
   | { readonly kind: "last-good-failed"; readonly error: VmmeshError }
   | { readonly kind: "reopened"; readonly missing: readonly string[] }
+  /** istiod's stream is opened anew, in the name of another node; what was restored for the former is not served on. */
+  | { readonly kind: "node-changed" }
   | { readonly kind: "envoy-connected" | "envoy-gone"; readonly streams: number };
 
 export interface RelayDeps {
@@ -109,13 +112,32 @@ export interface RelayStatus {
   readonly types: readonly TypeStatus[];
 }
 
-/** Envoy ⇄ agent ⇄ istiod: the effects around `DeltaCache`. */
+interface Envoy {
+  readonly stream: ServedStream;
+  readonly dialect: Dialect;
+  /** From its first request on. */
+  place: Place | undefined;
+}
+
+/** A node and what istiod has sent for it. Until the first Envoy has come the node is not known. */
+interface Place {
+  node: EnvoyNode | undefined;
+  readonly cache: DeltaCache;
+}
+
+/**
+ * Envoy ⇄ agent ⇄ istiod: the effects around `DeltaCache`.
+ *
+ * istiod answers for one node: that of the Envoy that came last. One of another node that is still there keeps what it has,
+ * in a cache of its own that hears nothing new, and is istiod's again when the later one has been gone for a while.
+ */
 export class AdsRelay {
   readonly #deps: RelayDeps;
-  readonly #cache = new DeltaCache();
-  readonly #envoys = new Map<number, { readonly stream: ServedStream; readonly dialect: Dialect }>();
+  readonly #envoys = new Map<number, Envoy>();
+  #place: Place = { node: undefined, cache: new DeltaCache() };
+  /** Aborted: istiod answers for another place. */
+  #replaced = new AbortController();
   #nextStream = 1;
-  #node: Uint8Array | undefined;
   #upstream: ByteStream | undefined;
   #nodeSent = false;
   #listenersAsked = false;
@@ -131,9 +153,11 @@ export class AdsRelay {
   #reopened = 0;
   #stripped = "";
   #staleSince: Date | undefined;
+  /** It could not be read or written, and has not been written since. */
+  #lastGoodFailed = false;
   #names: Resource | undefined;
   #namesInUse: Promise<void> = Promise.resolve();
-  readonly #unreachable = Promise.withResolvers<void>();
+  #unreachable = Promise.withResolvers<void>();
 
   constructor(deps: RelayDeps) {
     this.#deps = deps;
@@ -147,9 +171,9 @@ export class AdsRelay {
     const server = serveStreams({
       ...this.#deps.alsoServed,
       [DELTA_ADS]: (stream) =>
-        this.#serve(stream, "delta", readDeltaRequest, (id, it) => this.#cache.fromEnvoy(id, it)),
+        this.#serve(stream, "delta", readDeltaRequest, (cache, id, it) => cache.fromEnvoy(id, it)),
       [SOTW_ADS]: (stream) =>
-        this.#serve(stream, "sotw", readSotwRequest, (id, it) => this.#cache.fromSotwEnvoy(id, it)),
+        this.#serve(stream, "sotw", readSotwRequest, (cache, id, it) => cache.fromSotwEnvoy(id, it)),
     });
     await using _listener = await this.#deps.listen((socket) => server.accept(socket));
     onListening();
@@ -157,7 +181,7 @@ export class AdsRelay {
     const kept =
       lastGood === undefined
         ? []
-        : [this.#restoreIfAlone(lastGood, signal), this.#keepLastGood(lastGood, signal)];
+        : [this.#restoreWhereAlone(lastGood, signal), this.#keepLastGood(lastGood, signal)];
     try {
       await Promise.all([this.#keepUpstream(signal), ...kept]);
     } finally {
@@ -185,12 +209,12 @@ export class AdsRelay {
 
   /** Is `address` among the endpoints that istiod has told this machine of? */
   knowsEndpoint(address: string): boolean {
-    return this.#cache.holds(TYPE_URL.endpoint, needleOf(address));
+    return this.#place.cache.holds(TYPE_URL.endpoint, needleOf(address));
   }
 
   /** What istiod says of the workload at `address`, if it is an endpoint that this machine knows: see `workloadAt`. */
   workloadAt(address: string): string | undefined {
-    for (const any of this.#cache.holding(TYPE_URL.endpoint, needleOf(address))) {
+    for (const any of this.#place.cache.holding(TYPE_URL.endpoint, needleOf(address))) {
       const workload = workloadAt(any, address);
       if (workload !== undefined) return workload;
     }
@@ -205,33 +229,52 @@ export class AdsRelay {
       lastError: this.#lastError,
       reconnects: this.#reconnects,
       envoys: this.#envoys.size,
-      types: this.#cache.status(),
+      types: this.#place.cache.status(),
     };
   }
 
-  /** No control plane at the first Envoy's first question: Envoy gets what it accepted last. */
+  async #restoreWhereAlone(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
+    while (!signal.aborted) {
+      const here = AbortSignal.any([signal, this.#replaced.signal]);
+      const abort = aborted(here);
+      await Promise.race([this.#wantsUpstream.promise, abort]);
+      await this.#restoreIfAlone(lastGood, here);
+      await abort;
+    }
+  }
+
+  /** No control plane at the first question of a node's first Envoy: Envoy gets what it accepted last. */
   async #restoreIfAlone(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
     const { clock } = this.#deps.host;
+    const { cache, node } = this.#place;
     const abort = aborted(signal);
-    await Promise.race([this.#wantsUpstream.promise, abort]);
-    await Promise.race([this.#unreachable.promise, clock.sleep(SILENCE_MS, signal).catch(() => undefined)]);
+    await Promise.race([
+      this.#unreachable.promise,
+      clock.sleep(SILENCE_MS, signal).catch(() => undefined),
+      abort,
+    ]);
     if (signal.aborted || this.#connectedTo !== undefined) return;
     let found: Awaited<ReturnType<LastGoodFile["load"]>>;
     try {
       found = await lastGood.load();
     } catch (thrown) {
-      this.#deps.onEvent({ kind: "last-good-failed", error: VmmeshError.from(thrown) });
+      this.#lastGoodFails(VmmeshError.from(thrown));
       return;
     }
     if (found === undefined || this.#connectedTo !== undefined || signal.aborted) return;
+    if (found.mode !== node?.mode) {
+      // It stays: the machine may go back to that mode before a control plane answers.
+      this.#lastGoodFails(ofAnotherMode(found.mode, node?.mode));
+      return;
+    }
     this.#staleSince = found.savedAt;
     this.#deps.onEvent({ kind: "restored", savedAt: found.savedAt });
     const [names] = found.types.get(TYPE_URL.nameTable) ?? [];
-    this.#carryOut(this.#cache.restore(configurationOf(found.types)));
+    this.#carryOut(cache.restore(configurationOf(found.types)));
     if (names !== undefined) await this.#inTurn(() => this.#useNames(names));
     while (this.#staleSince !== undefined && !signal.aborted) {
       if (clock.now() >= found.notAfter) {
-        this.#cache.forgetRestored();
+        cache.forgetRestored();
         this.#staleSince = undefined;
         this.#deps.onEvent({ kind: "last-good-ended" });
       }
@@ -241,37 +284,41 @@ export class AdsRelay {
 
   async #keepLastGood(lastGood: LastGoodFile, signal: AbortSignal): Promise<void> {
     let waitMs = SAVE_MS.look;
-    let failed = false;
     while (!signal.aborted) {
       // Once more at the end: what was accepted just before a reboot is what the next start needs.
       await this.#deps.host.clock.sleep(waitMs, signal).catch(() => undefined);
       waitMs = SAVE_MS.look;
-      const { revision } = this.#cache;
+      const { cache, node } = this.#place;
+      const { revision } = cache;
       if (lastGood.isSaved(revision)) continue;
-      const types = this.#cache.accepted();
-      if (types === undefined) continue;
+      const types = cache.accepted();
+      if (types === undefined || node === undefined) continue;
       waitMs = SAVE_MS.peace;
       const names = this.#names === undefined ? [] : [this.#names];
       try {
-        await lastGood.save(new Map([...types, [TYPE_URL.nameTable, names]]), revision);
-        if (failed) this.#deps.onEvent({ kind: "last-good-saved" });
-        failed = false;
+        await lastGood.save(new Map([...types, [TYPE_URL.nameTable, names]]), revision, node.mode);
+        if (this.#lastGoodFailed) this.#deps.onEvent({ kind: "last-good-saved" });
+        this.#lastGoodFailed = false;
       } catch (thrown) {
-        failed = true;
-        this.#deps.onEvent({ kind: "last-good-failed", error: VmmeshError.from(thrown) });
+        this.#lastGoodFails(VmmeshError.from(thrown));
       }
     }
+  }
+
+  #lastGoodFails(error: VmmeshError): void {
+    this.#lastGoodFailed = true;
+    this.#deps.onEvent({ kind: "last-good-failed", error });
   }
 
   #serve<Request extends DeltaRequest | SotwRequest>(
     stream: ServedStream,
     dialect: Dialect,
     read: (message: Uint8Array) => Request,
-    ask: (id: number, request: Request) => readonly Effect[],
+    ask: (cache: DeltaCache, id: number, request: Request) => readonly Effect[],
   ): void {
     const id = this.#nextStream++;
-    this.#envoys.set(id, { stream, dialect });
-    this.#cache.envoyOpened(id, dialect);
+    const envoy: Envoy = { stream, dialect, place: undefined };
+    this.#envoys.set(id, envoy);
     this.#deps.onEvent({ kind: "envoy-connected", streams: this.#envoys.size });
     stream.onMessage((message) => {
       let request: Request;
@@ -281,24 +328,59 @@ export class AdsRelay {
         stream.fail(`not a ${dialect} discovery request: ${messageOf(thrown)}`);
         return;
       }
-      if (request.node !== undefined) {
-        this.#node = request.node;
-        this.#cache.envoyHas(id, extensionsOf(request.node));
-        this.#wantsUpstream.resolve();
+      // The node is on the first request of a stream; an Envoy that says it again says the same.
+      if (envoy.place === undefined) {
+        if (request.node !== undefined) this.#isAt(readNode(request.node));
+        envoy.place = this.#place;
+        envoy.place.cache.envoyOpened(id, dialect);
+        if (request.node !== undefined) {
+          envoy.place.cache.envoyHas(id, extensionsOf(request.node));
+          this.#wantsUpstream.resolve();
+        }
       }
       if (request.error !== undefined) {
         this.#deps.onEvent({ kind: "rejected", typeUrl: request.typeUrl, reason: request.error.message });
       }
-      this.#carryOut(ask(id, request));
+      this.#carryOut(ask(envoy.place.cache, id, request));
     });
     stream.onDrain(() => this.#upstream?.resume());
     stream.onClose(() => {
       this.#envoys.delete(id);
-      this.#carryOut(this.#cache.envoyClosed(id));
+      this.#carryOut(envoy.place?.cache.envoyClosed(id) ?? []);
       // The pause may have been for this one's sake, and it will never drain.
       this.#upstream?.resume();
       this.#deps.onEvent({ kind: "envoy-gone", streams: this.#envoys.size });
     });
+  }
+
+  /** An Envoy of that node has come: is it the one that istiod answers for? */
+  #isAt(node: EnvoyNode): void {
+    const { node: former } = this.#place;
+    if (former === undefined || former.key === node.key) {
+      this.#place.node = node;
+      return;
+    }
+    const known = [...this.#envoys.values()].find(({ place }) => place?.node?.key === node.key)?.place;
+    const place = known ?? { node, cache: new DeltaCache() };
+    place.node = node;
+    this.#moveTo(place);
+  }
+
+  /** istiod's stream is for one node: another one needs another. */
+  #moveTo(place: Place): void {
+    // Not served on: nobody would look when its certificate ends.
+    this.#place.cache.forgetRestored();
+    this.#place.cache.upstreamClosed();
+    this.#place = place;
+    this.#staleSince = undefined;
+    this.#reopened = 0;
+    this.#unreachable = Promise.withResolvers();
+    const replaced = this.#replaced;
+    this.#replaced = new AbortController();
+    replaced.abort();
+    this.#deps.onEvent({ kind: "node-changed" });
+    this.#retry.abort();
+    this.#upstream?.close();
   }
 
   #carryOut(effects: readonly Effect[]): void {
@@ -310,14 +392,14 @@ export class AdsRelay {
       const envoy = this.#envoys.get(effect.stream);
       if (envoy?.stream.send(WRITE[envoy.dialect](effect.response)) === false) this.#upstream?.pause();
     }
-    if (this.#staleSince !== undefined && this.#connectedTo !== undefined && !this.#cache.stale) {
+    if (this.#staleSince !== undefined && this.#connectedTo !== undefined && !this.#place.cache.stale) {
       this.#staleSince = undefined;
       // What nobody has asked for since is of no use any more.
-      this.#cache.forgetRestored();
+      this.#place.cache.forgetRestored();
       this.#deps.onEvent({ kind: "fresh" });
     }
     // Without an Envoy nothing is known; the next one will most likely be the same.
-    const names = this.#cache.stripped();
+    const names = this.#place.cache.stripped();
     if (names === undefined || names.join() === this.#stripped) return;
     this.#stripped = names.join();
     this.#deps.onEvent({ kind: "stripped", names });
@@ -327,7 +409,7 @@ export class AdsRelay {
   #request(request: DeltaRequest): void {
     const upstream = this.#upstream;
     if (upstream === undefined) return;
-    const node = this.#nodeSent ? undefined : this.#node;
+    const node = this.#nodeSent ? undefined : this.#place.node?.bytes;
     upstream.send(writeDeltaRequest({ ...request, ...(node === undefined ? {} : { node }) }));
     this.#nodeSent = true;
     if (request.typeUrl !== TYPE_URL.listener || this.#listenersAsked) return;
@@ -360,6 +442,7 @@ export class AdsRelay {
       try {
         for (const target of await this.#deps.upstreams()) {
           const startedMs = clock.monotonicMs();
+          const place = this.#place;
           try {
             await this.#attend(target, signal);
             failure = undefined;
@@ -367,7 +450,8 @@ export class AdsRelay {
             failure = VmmeshError.from(thrown);
           }
           // A stream that stood for a while was a good one: its end (istiod's maximum age, a restart) is no reason to wait.
-          lived = clock.monotonicMs() - startedMs > SECOND_MS;
+          // Neither is another node a reason.
+          lived = clock.monotonicMs() - startedMs > SECOND_MS || place !== this.#place;
           if (lived || signal.aborted || this.#withdrawn) break;
         }
       } catch (thrown) {
@@ -394,8 +478,11 @@ export class AdsRelay {
   /** One stream to istiod, from its opening to its end. */
   async #attend(target: GrpcTarget, signal: AbortSignal): Promise<void> {
     const scope = new AbortController();
+    const place = this.#place;
     let broken: VmmeshError | undefined;
     const upstream = openStream(target, DELTA_ADS, (message) => {
+      // What is on its way still was meant for the former node.
+      if (place !== this.#place) return;
       if (this.#connectedTo === undefined) {
         this.#connectedTo = `${target.address}:${target.port}`;
         this.#since = this.#deps.host.clock.now();
@@ -415,10 +502,10 @@ export class AdsRelay {
     this.#listenersAsked = false;
     const inScope = AbortSignal.any([signal, scope.signal]);
     const watchdog = Promise.all([
-      this.#closeWhenEnvoyIsGone(upstream, inScope),
+      this.#leaveWhenEnvoyIsGone(upstream, inScope),
       this.#reopenIfIncomplete(upstream, inScope),
     ]);
-    this.#carryOut(this.#cache.upstreamOpened());
+    this.#carryOut(this.#place.cache.upstreamOpened());
     try {
       await upstream.done;
       throw new VmmeshError(
@@ -435,23 +522,28 @@ export class AdsRelay {
     } finally {
       scope.abort();
       await watchdog;
-      this.#cache.upstreamClosed();
+      place.cache.upstreamClosed();
       this.#upstream = undefined;
       this.#connectedTo = undefined;
       this.#since = undefined;
     }
   }
 
-  async #closeWhenEnvoyIsGone(upstream: ByteStream, signal: AbortSignal): Promise<void> {
+  /** For the newest of those that are left, if there is one: they may be of another node. */
+  async #leaveWhenEnvoyIsGone(upstream: ByteStream, signal: AbortSignal): Promise<void> {
     const { clock } = this.#deps.host;
     let goneSinceMs: number | undefined;
     while (!signal.aborted) {
       await clock.sleep(SECOND_MS, signal).catch(() => undefined);
-      if (this.#envoys.size > 0) goneSinceMs = undefined;
+      const places = [...this.#envoys.values()].map(({ place }) => place ?? this.#place);
+      if (places.includes(this.#place)) goneSinceMs = undefined;
       else goneSinceMs ??= clock.monotonicMs();
       if (goneSinceMs === undefined || clock.monotonicMs() - goneSinceMs < LINGER_MS) continue;
-      this.#wantsUpstream = Promise.withResolvers<void>();
-      upstream.close();
+      const left = places.at(-1);
+      if (left === undefined) {
+        this.#wantsUpstream = Promise.withResolvers<void>();
+        upstream.close();
+      } else this.#moveTo(left);
       return;
     }
   }
@@ -464,8 +556,8 @@ export class AdsRelay {
       .map((port) => `inbound|${port}||`)
       .filter(
         (cluster) =>
-          !this.#cache.has(TYPE_URL.cluster, cluster) &&
-          this.#cache.holds(TYPE_URL.listener, Buffer.from(cluster)),
+          !this.#place.cache.has(TYPE_URL.cluster, cluster) &&
+          this.#place.cache.holds(TYPE_URL.listener, Buffer.from(cluster)),
       );
     if (missing.length === 0) this.#reopened = 0;
     else if (this.#reopened < MAX_REOPENED) {
@@ -481,10 +573,10 @@ export class AdsRelay {
       const upstream = this.#upstream;
       void this.#inTurn(async () => {
         const refusal = await this.#takeNames(response);
-        if (this.#upstream === upstream) this.#carryOut(this.#cache.acknowledge(response, refusal));
+        if (this.#upstream === upstream) this.#carryOut(this.#place.cache.acknowledge(response, refusal));
       });
     } else if (response.typeUrl.startsWith("type.googleapis.com/envoy.")) {
-      this.#carryOut(this.#cache.fromUpstream(response));
+      this.#carryOut(this.#place.cache.fromUpstream(response));
     }
   }
 
@@ -535,6 +627,14 @@ function unreadable(target: GrpcTarget, cause: unknown): VmmeshError {
     "ISTIOD_UNREACHABLE",
     `istiod at ${target.address}:${target.port} sent what is no discovery response`,
     { cause, next: "Is that address istiod's, and not that of a proxy in front of something else?" },
+  );
+}
+
+function ofAnotherMode(saved = "not known", wanted = "not known"): VmmeshError {
+  return new VmmeshError(
+    "STATE_UNREADABLE",
+    `the configuration on disk is not served: its mode is ${saved}, Envoy's is ${wanted}`,
+    { next: "Envoy waits for the control plane; the file is replaced when Envoy has accepted another." },
   );
 }
 

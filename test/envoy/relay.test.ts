@@ -15,6 +15,7 @@ import {
   writeDeltaResponse,
 } from "../../agent/proto/discovery.ts";
 import { BinaryWriter, put, writeAny } from "../../agent/proto/wire.ts";
+import { readNode } from "../../agent/xds/node.ts";
 import { AdsRelay, type RelayEvent } from "../../agent/xds/relay.ts";
 import { encode, type Message, TYPE_PREFIX } from "../controlplane/protos.ts";
 import { type FakeIstiod, SERVER_NAME, startIstiod } from "../fakes/istiod.ts";
@@ -81,7 +82,7 @@ type ApiType = "DELTA_GRPC" | "GRPC";
 const API_TYPES: readonly ApiType[] = ["DELTA_GRPC", "GRPC"];
 const VARIANTS = ENVOY_VERSIONS.flatMap((version) => API_TYPES.map((api) => ({ version, api })));
 
-function bootstrap(folder: string, api: ApiType, socket: string): string {
+function bootstrap(folder: string, api: ApiType, socket: string, mode: string): string {
   const source = { ads: {}, initial_fetch_timeout: "0s", resource_api_version: "V3" };
   const type = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
   const relay = {
@@ -99,7 +100,11 @@ function bootstrap(folder: string, api: ApiType, socket: string): string {
     },
   };
   return JSON.stringify({
-    node: { id: "sidecar~10.0.0.1~vm.default~default.svc.cluster.local", cluster: "vm.default" },
+    node: {
+      id: "sidecar~10.0.0.1~vm.default~default.svc.cluster.local",
+      cluster: "vm.default",
+      metadata: { INTERCEPTION_MODE: mode },
+    },
     admin: { address: { pipe: { path: join(folder, "admin.sock") } } },
     dynamic_resources: {
       lds_config: source,
@@ -172,8 +177,9 @@ async function startEnvoy(
   api: ApiType,
   folder: string,
   socket: string,
+  mode = "REDIRECT",
 ): Promise<ChildProcess> {
-  await writeFile(join(folder, "bootstrap.json"), bootstrap(folder, api, socket));
+  await writeFile(join(folder, "bootstrap.json"), bootstrap(folder, api, socket, mode));
   const argv = [
     "-c",
     join(folder, "bootstrap.json"),
@@ -334,3 +340,46 @@ describe.for(ENVOY_VERSIONS)(
     });
   },
 );
+
+describe.for(VARIANTS)("Envoy $version of another mode beside the former, by $api", ({ version, api }) => {
+  test("it is asked for in its own name and has what is its own; the former keeps what it has", async () => {
+    const root = await mkdtemp(join(tmpdir(), "vmmesh-envoy-modes-"));
+    const socket = join(root, "xds.sock");
+    const modes: string[] = [];
+    await using istiod = await startIstiod({
+      [ADS]: (stream) => {
+        let mode = "";
+        stream.onMessage((message) => {
+          const { node, responseNonce, typeUrl } = readDeltaRequest(message);
+          if (node !== undefined) {
+            mode = readNode(node).mode;
+            modes.push(mode);
+          }
+          if (responseNonce !== "") return;
+          const names = mode === "TPROXY" ? ["a", "b", "c"] : ["a"];
+          const resources = typeUrl === TYPE_URL.cluster ? names.map((name) => named(name, 1)) : [];
+          stream.send(
+            writeDeltaResponse({ systemVersion: "1", typeUrl, nonce: "1", removed: [], resources }),
+          );
+        });
+      },
+    });
+    await using running = await startRelay(socket, istiod);
+    const soon = { timeout: 20_000, interval: 50 };
+    const begin = async (mode: string) => {
+      const folder = await mkdtemp(join(root, "envoy-"));
+      const child = await startEnvoy(version, api, folder, socket, mode);
+      // One more than those of istiod: the way to the relay itself.
+      return { child, clusters: () => statistic(folder, "cluster_manager.active_clusters") };
+    };
+    const former = await begin("REDIRECT");
+    await expect.poll(former.clusters, soon).toBe(2);
+    const next = await begin("TPROXY");
+    await expect.poll(next.clusters, soon).toBe(4);
+    expect(await former.clusters()).toBe(2);
+    former.child.kill("SIGKILL");
+    await expect.poll(() => running.relay.status().envoys, soon).toBe(1);
+    expect([modes, await next.clusters()]).toEqual([["REDIRECT", "TPROXY"], 4]);
+    await rm(root, { recursive: true });
+  });
+});

@@ -22,7 +22,7 @@ async function saved(): Promise<Uint8Array> {
     ["a", [{ name: "r", version: "1", any }]],
     ["b", []],
   ]);
-  await file(files).save(types, 1);
+  await file(files).save(types, 1, "REDIRECT");
   return (await files.read(PATH)) ?? new Uint8Array();
 }
 
