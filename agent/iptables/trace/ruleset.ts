@@ -244,7 +244,7 @@ const HOOK_NAMES: ReadonlySet<string> = new Set([
 export function readNative({ nftJson, nftText, nftNetlink }: NativeListing, family: Family): NativeTable[] {
   const at = nftJson.indexOf("{");
   if (at < 0) return [];
-  const objects = (bag(JSON.parse(nftJson.slice(at)))["nftables"] as Json[] | undefined) ?? [];
+  const objects = listOf(bag(JSON.parse(nftJson.slice(at)))["nftables"]);
   const words = wordsByHandle(nftText);
   const families = familyByHandle(nftNetlink);
   const wanted = new Set(["inet", "netdev", family === 4 ? "ip" : "ip6"]);

@@ -73,6 +73,7 @@ export const target: Target = {
     ),
     "table ip t {\n\tchain out { # handle 1\n\t\ttcp dport 80 counter packets 1 bytes 2 redirect to :1 # handle 4\n\t}\n}\n",
     "add table ip nat\nadd rule ip nat OUTPUT counter jump KUBE-SERVICES\n# new generation 7 by process 12 (iptables)\ninsert rule ip nat OUTPUT jump ISTIO_OUTPUT\n# new generation 8 by process 0 ()\nnetlink: lost some netlink events\n",
+    '{"nftables": {}}',
   ],
   words: [
     '{"match":',
