@@ -1,4 +1,5 @@
 import { writeFileSync } from "node:fs";
+import { messageOf } from "../../../agent/core/errors.ts";
 import { type Machine, sleep, waitFor } from "../../lab/lab.ts";
 import { sh } from "../../lab/sh.ts";
 import { putToken, tokenFor } from "../credentials.ts";
@@ -9,6 +10,8 @@ import { type Span, type Stage, statusOf, type Target } from "../stage.ts";
 const SHIM = "/opt/drill-clock.so";
 const shiftOf = ({ unit }: Shifted): string => `/opt/drill-clock-${unit}`;
 const DAY_SEC = 86_400;
+/** The agent looks at the clock every 15 s. */
+const TOLD_WITHIN_MS = 30_000;
 
 interface Shifted {
   readonly name: string;
@@ -104,6 +107,19 @@ async function shift(
   const { machine } = target;
   let off: Span = [0, 0];
   const said = new Set<string>();
+  const unmet: string[] = [];
+  /** Our agent looks at its own clock: of Envoy's alone it knows nothing. */
+  const expectTold = async (isWrong: boolean): Promise<void> => {
+    if (shifted !== OURS.agent) return;
+    await waitFor(
+      `status to ${isWrong ? "tell" : "forget"} the wrong clock`,
+      async () => {
+        const { conditions } = await statusOf(machine);
+        return conditions.some(({ id }) => id === "clock-wrong") === isWrong ? true : undefined;
+      },
+      TOLD_WITHIN_MS,
+    ).catch((thrown: unknown) => unmet.push(messageOf(thrown)));
+  };
   const offBy = async (): Promise<number> =>
     Math.round(((await shifted.clock(target)) - Date.now()) / (DAY_SEC * 1000));
   const set = async (to: number): Promise<void> => {
@@ -120,8 +136,10 @@ async function shift(
     // All that it has asked for anew with the wrong time is part of it.
     await stage.lab.restartIstiod();
     await sleep(Math.max(0, from + ms - Date.now()));
+    await expectTold(true);
     for (const { message } of (await statusOf(machine)).conditions) said.add(message);
     await set(0);
+    await expectTold(false);
     off = [from, Date.now()];
     return `${shifted.name} said itself that it was ${Math.abs(days)} day ${days > 0 ? "ahead" : "behind"}, for ${Math.round((off[1] - from) / 1000)} s, with istiod restarted meanwhile`;
   };
@@ -137,6 +155,7 @@ async function shift(
         : { allowed: 0, because: "" },
     after: async () => ({
       end: said.size === 0 ? "status said nothing" : `status said: ${[...said].join("; ")}`,
+      ...(unmet.length === 0 ? {} : { unmet: unmet.join("; ") }),
     }),
   });
 }
