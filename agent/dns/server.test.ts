@@ -1,3 +1,4 @@
+import { randomInt } from "node:crypto";
 import { once } from "node:events";
 import { decode, encode } from "dns-packet";
 import fc from "fast-check";
@@ -74,7 +75,8 @@ interface Running {
   resolvConf: string;
 }
 
-let nextPort = 20_000 + (process.pid % 10_000);
+/** At random, for two runs at once have neighbouring process numbers. */
+let nextPort = randomInt(20_000, 30_000);
 
 async function start(
   resolvConf: string,
@@ -345,6 +347,53 @@ describe("serveDns", () => {
       );
     });
     expect(beats).toEqual([true, true, true]);
+  });
+});
+
+describe("a connection by TCP on which nobody asks", () => {
+  /** The ten seconds of a connection end when the test says so. */
+  const started = async () => {
+    const idle: (() => void)[] = [];
+    const clock = {
+      ...machine.clock,
+      sleep: (ms: number, signal?: AbortSignal) =>
+        ms === 10_000
+          ? new Promise<void>((resolve, reject) => {
+              idle.push(resolve);
+              signal?.addEventListener("abort", () => reject(new Error("asked meanwhile")));
+            })
+          : machine.clock.sleep(ms, signal),
+    };
+    const upstream = await resolver("127.0.0.56", 0, "10.0.0.1");
+    const dns = await start("nameserver 127.0.0.56\n", upstream.port, clock);
+    const socket = await machine.net.connectTcp("127.0.0.1", dns.port, { timeoutMs: 1000 });
+    cleanUp.defer(() => {
+      socket.destroy();
+    });
+    socket.resume();
+    while (idle.length === 0) await machine.clock.sleep(5);
+    return { socket, idle };
+  };
+
+  test("is closed after ten seconds", async () => {
+    const { socket, idle } = await started();
+    const closed = once(socket, "end");
+    idle[0]?.();
+    await closed;
+  });
+
+  test("is left open by a question, and has ten seconds more from then", async () => {
+    const { socket, idle } = await started();
+    const answered = once(socket, "data");
+    socket.write(frame(writeQuery(7, "outside.test", TYPE.A)));
+    await answered;
+    expect(idle).toHaveLength(2);
+    const closed = once(socket, "end");
+    idle[0]?.();
+    socket.write(frame(writeQuery(8, "outside.test", TYPE.A)));
+    await once(socket, "data");
+    idle.at(-1)?.();
+    await closed;
   });
 });
 
