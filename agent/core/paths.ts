@@ -34,6 +34,8 @@ export interface Paths {
   readonly envoyLogRun: string;
   /** Directory of the next. */
   readonly nftRun: string;
+  /** The agent says here which names systemd-resolved is to ask it for; vmmesh 0600. */
+  readonly resolvedSocket: string;
   /** Directory of the FIFO that keeps the holder of the second fence alive; root 0700. */
   readonly holdRun: string;
   /** FIFO of what the kernel tells of changes to its rules; vmmesh 0600. */
@@ -73,6 +75,7 @@ export function paths(root = "/"): Paths {
     envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
     envoyLogRun: at("/run/vmmesh-envoy-log"),
     nftRun: at("/run/vmmesh-nftmon"),
+    resolvedSocket: at("/run/vmmesh-resolved/in"),
     holdRun: at("/run/vmmesh-hold"),
     nftEvents: at("/run/vmmesh-nftmon/events"),
     envoyDropIn: at("/etc/systemd/system/vmmesh-envoy.service.d/vmmesh-tproxy.conf"),
@@ -102,6 +105,9 @@ export const AGENT_GRPC = { cluster: "xds-grpc", authority: "vmmesh.local" } as 
 
 /** @see resolv.conf(5) */
 export const RESOLV_CONF = "/etc/resolv.conf";
+
+/** The servers that systemd-resolved asks, in the format of resolv.conf (systemd-resolved.service(8)). */
+export const RESOLVED_CONF = "/run/systemd/resolve/resolv.conf";
 
 /**
  * What the audit's probe connects to: addresses of the documentation networks (RFC 5737, RFC 3849), which nobody routes.

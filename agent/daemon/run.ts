@@ -6,6 +6,9 @@ import { inSlices } from "../core/slices.ts";
 import { supervise } from "../core/supervise.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { VERSION } from "../core/version.ts";
+import { OWN_DOMAIN } from "../dns/loop.ts";
+import { RESOLVED_STUB, readResolvConf } from "../dns/resolvConf.ts";
+import { routedDomains } from "../dns/routed.ts";
 import { leaseBeat, serveDns } from "../dns/server.ts";
 import { type DnsTable, tableInSteps } from "../dns/table.ts";
 import { Upstreams } from "../dns/upstream.ts";
@@ -37,9 +40,11 @@ import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
 import { captureWords } from "./capture.ts";
 import { readCaptureState } from "./captureState.ts";
 import { metricsPair } from "./metricsTls.ts";
+import { tellResolved } from "./tellResolved.ts";
 import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 
+const PROXY_DOMAIN = "svc.cluster.local";
 /** How often Envoy is asked whether it is ready: often while it is not, so that a start is not a poll longer than it is. */
 const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
 /** What a machine is without when its Envoy lacks one of Istio's own extensions (ch. 10 of the VM protocol). */
@@ -248,7 +253,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       ? {
           onNameTable: async (table) => {
             const steps = tableInSteps(table, {
-              proxyDomain: "svc.cluster.local",
+              proxyDomain: PROXY_DOMAIN,
               namespace: workload.namespace,
             });
             const built = await inSlices(steps, host.clock);
@@ -484,6 +489,32 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
             scope,
           ),
       })),
+      ...(workload.dnsCapture
+        ? [
+            {
+              name: "resolved",
+              onFailure: "restart" as const,
+              run: (scope: AbortSignal) =>
+                tellResolved(
+                  {
+                    host,
+                    socket: paths.resolvedSocket,
+                    conditions,
+                    applies: async () =>
+                      readResolvConf((await host.files.readText(RESOLV_CONF)) ?? "").servers.includes(
+                        RESOLVED_STUB,
+                      ),
+                    domains: () => [
+                      ...routedDomains(dnsTable.value, PROXY_DOMAIN, workload.namespace),
+                      OWN_DOMAIN,
+                    ],
+                    routed: (signal) => upstreams.isRouted(signal),
+                  },
+                  scope,
+                ),
+            },
+          ]
+        : []),
       {
         name: "envoy-watch",
         onFailure: "restart",

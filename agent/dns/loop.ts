@@ -4,6 +4,9 @@
  */
 const SUFFIX = ".loop.vmmesh.internal.";
 
+/** Routed to us by systemd-resolved, so that such a question to it says whether the route stands. */
+export const OWN_DOMAIN = "~loop.vmmesh.internal";
+
 /**
  * Finds resolvers that send our questions back to us, as dnsmasq does where capture also takes what it forwards
  * (istio #29555): each is asked for a name that it alone was asked for, so what arrives here says whose it is.

@@ -1,10 +1,11 @@
 import type { Duplex } from "node:stream";
 import { messageOf } from "../core/errors.ts";
+import { RESOLVED_CONF } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
 import { TYPE } from "./answer.ts";
 import { LoopWatch } from "./loop.ts";
-import { parseResolvConf, type ResolvConf, readResolvConf } from "./resolvConf.ts";
+import { parseResolvConf, RESOLVED_STUB, type ResolvConf, readResolvConf } from "./resolvConf.ts";
 import { Deframer, frame, idOf, isReplyTo, RCODE, rcodeOf, withId, writeQuery } from "./wire.ts";
 
 /** How long one server may take; the resolver library of the machine waits as long (resolv.conf(5), `timeout`). */
@@ -28,7 +29,7 @@ export interface UpstreamHealth {
 
 export interface UpstreamDeps {
   readonly host: Pick<Host, "net" | "clock" | "files" | "random">;
-  /** Usually `/etc/resolv.conf`; read again when it has changed. */
+  /** Usually `/etc/resolv.conf`; read again when it has changed. Where it names systemd-resolved, which would ask us back, its servers are taken. */
   readonly resolvConf: string;
   /** Port of the servers in resolv.conf, which cannot name one. Default 53. */
   readonly port?: number;
@@ -91,7 +92,7 @@ export class Upstreams {
     const now = this.#deps.host.clock.monotonicMs();
     if (now - this.#readAtMs < REREAD_MS) return;
     this.#readAtMs = now;
-    const text = await this.#deps.host.files.readText(this.#deps.resolvConf).catch(() => undefined);
+    const text = await this.#read();
     if (text === undefined || text === this.#text || text.trim() === "") return;
     this.#text = text;
     const known = this.#conf.servers;
@@ -102,6 +103,20 @@ export class Upstreams {
       this.#deps.onGone?.(server);
     }
     this.#loopsCheckedMs = Number.NEGATIVE_INFINITY;
+  }
+
+  async #read(): Promise<string | undefined> {
+    const read = (path: string): Promise<string | undefined> =>
+      this.#deps.host.files.readText(path).catch(() => undefined);
+    const text = await read(this.#deps.resolvConf);
+    const servers = text === undefined ? [] : readResolvConf(text).servers;
+    return servers.includes(RESOLVED_STUB) ? ((await read(RESOLVED_CONF)) ?? text) : text;
+  }
+
+  /** Whether systemd-resolved sends us a question that is ours: it is asked one, and the question arrives here. */
+  async isRouted(signal: AbortSignal): Promise<boolean> {
+    await this.#checkLoop(RESOLVED_STUB, signal);
+    return this.#loops.loops(RESOLVED_STUB);
   }
 
   /**
