@@ -34,6 +34,8 @@ export interface Paths {
   readonly envoyLogRun: string;
   /** Directory of the next. */
   readonly nftRun: string;
+  /** Directory of the next. */
+  readonly resolvedRun: string;
   /** The agent says here which names systemd-resolved is to ask it for; vmmesh 0600. */
   readonly resolvedSocket: string;
   /** Directory of the FIFO that keeps the holder of the second fence alive; root 0700. */
@@ -75,6 +77,7 @@ export function paths(root = "/"): Paths {
     envoyAdminSocket: at("/run/vmmesh-envoy/admin.sock"),
     envoyLogRun: at("/run/vmmesh-envoy-log"),
     nftRun: at("/run/vmmesh-nftmon"),
+    resolvedRun: at("/run/vmmesh-resolved"),
     resolvedSocket: at("/run/vmmesh-resolved/in"),
     holdRun: at("/run/vmmesh-hold"),
     nftEvents: at("/run/vmmesh-nftmon/events"),

@@ -174,6 +174,7 @@ export async function unwind(
     paths.envoyRun,
     paths.envoyLogRun,
     paths.nftRun,
+    paths.resolvedRun,
     paths.holdRun,
     paths.captureState,
     paths.hostState,

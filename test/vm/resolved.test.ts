@@ -97,5 +97,6 @@ test("systemd-resolved asks the agent for the mesh's names, whatever happens to 
   await machine.exec("vmmesh leave --now");
   expect(await status()).toBe(before);
   expect(await lookUp(OTHER)).toBe(other);
+  expect((await machine.exec("ls -d /run/vmmesh* || true")).stdout).toBe("");
   expect((await machine.exec("systemctl --failed --plain --no-legend")).stdout).toBe("");
 }, 180_000);
