@@ -15,7 +15,7 @@ const absent = (line: string): boolean => line.startsWith("ip link show");
 test("resolved learns the server last, when the link is no default route and has its domains", async () => {
   const { ran, host } = machine(absent);
   await routeNames(host, ["cluster.local", "~api.example.com"]);
-  expect(ran[1]).toBe("ip link add vmmesh0 type dummy");
+  expect(ran[2]).toBe("ip link add vmmesh0 type dummy");
   expect(ran.slice(-2)).toEqual([
     "resolvectl domain vmmesh0 cluster.local ~api.example.com",
     "resolvectl dns vmmesh0 127.0.0.1:15053",
@@ -38,4 +38,10 @@ test.for([["~."], ["--help"], ["com"], []])("%j is refused before anything is ru
 test("what resolvectl refuses is said in its words", async () => {
   const { host } = machine((line) => line.startsWith("resolvectl dns "));
   await expect(routeNames(host, ["cluster.local"])).rejects.toThrow("resolvectl dns vmmesh0: no such thing");
+});
+
+test("a resolved that the operator has stopped is not started by being told", async () => {
+  const { ran, host } = machine((line) => line.startsWith("systemctl is-active"));
+  await expect(routeNames(host, ["cluster.local"])).rejects.toThrow("systemctl is-active systemd-resolved");
+  expect(ran.length).toBe(1);
 });

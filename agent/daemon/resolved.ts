@@ -25,6 +25,8 @@ export async function routeNames(host: Pick<Host, "run">, domains: readonly stri
   }
   const works = async (argv: readonly [string, ...string[]]): Promise<boolean> =>
     (await host.run({ argv })).code === 0;
+  // `resolvectl` would start what the operator has stopped.
+  await must(host, ["systemctl", "is-active", "systemd-resolved.service"]);
   if (!(await works(["ip", "link", "show", "dev", LINK]))) {
     // A kernel without the module `dummy` may have `veth`.
     if (!(await works(["ip", "link", "add", LINK, "type", "dummy"])))
@@ -52,9 +54,13 @@ export async function unrouteNames(host: Pick<Host, "run">): Promise<void> {
 }
 
 async function must(host: Pick<Host, "run">, argv: readonly [string, ...string[]]): Promise<void> {
-  const { code, stderr } = await host.run({ argv });
+  const { code, stdout, stderr } = await host.run({ argv });
   if (code === 0) return;
-  throw new VmmeshError("COMMAND_FAILED", `${argv.slice(0, 3).join(" ")}: ${stderr.trim().split("\n")[0]}`, {
-    next: `Is ${LINK} managed by systemd-networkd, or systemd older than 246? \`resolvectl status\` says.`,
-  });
+  throw new VmmeshError(
+    "COMMAND_FAILED",
+    `${argv.slice(0, 3).join(" ")}: ${(stderr.trim() || stdout.trim()).split("\n")[0]}`,
+    {
+      next: `Is ${LINK} managed by systemd-networkd, or systemd older than 246? \`resolvectl status\` says.`,
+    },
+  );
 }

@@ -6,9 +6,8 @@ import { inSlices } from "../core/slices.ts";
 import { supervise } from "../core/supervise.ts";
 import { SECOND_MS } from "../core/time.ts";
 import { VERSION } from "../core/version.ts";
-import { OWN_DOMAIN } from "../dns/loop.ts";
 import { RESOLVED_STUB, readResolvConf } from "../dns/resolvConf.ts";
-import { routedDomains } from "../dns/routed.ts";
+import { ROUTE_DOMAIN, routedDomains } from "../dns/routed.ts";
 import { leaseBeat, serveDns } from "../dns/server.ts";
 import { type DnsTable, tableInSteps } from "../dns/table.ts";
 import { Upstreams } from "../dns/upstream.ts";
@@ -501,13 +500,15 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
                     socket: paths.resolvedSocket,
                     conditions,
                     applies: async () =>
+                      (await host.files.stat(paths.resolvedSocket)) !== undefined &&
                       readResolvConf((await host.files.readText(RESOLV_CONF)) ?? "").servers.includes(
                         RESOLVED_STUB,
                       ),
                     domains: () => [
                       ...routedDomains(dnsTable.value, PROXY_DOMAIN, workload.namespace),
-                      OWN_DOMAIN,
+                      ROUTE_DOMAIN,
                     ],
+                    onRoutes: (domains) => upstreams.routesAre(domains),
                     routed: (signal) => upstreams.isRouted(signal),
                   },
                   scope,

@@ -8,15 +8,19 @@ export interface TellDeps {
   /** Of vmmesh-resolved.socket. */
   readonly socket: string;
   readonly conditions: Pick<Conditions, "raise" | "clear">;
-  /** Whether systemd-resolved answers the machine's questions now. */
+  /** Whether resolv.conf names systemd-resolved, and there is somebody to tell it. */
   applies(): Promise<boolean>;
   /** As resolved.conf(5) writes them. */
   domains(): readonly string[];
+  /** What resolved sends us from now on, or may. */
+  onRoutes(domains: readonly string[]): void;
   /** A question of ours to resolved came back to us. */
   routed(signal: AbortSignal): Promise<boolean>;
 }
 
 const LOOK_MS = 2 * SECOND_MS;
+/** Each order starts a program. One that fails (a systemd before 246, a resolved that was stopped) is repeated ever later. */
+const MAX_LOOK_MS = 64 * SECOND_MS;
 const REPLY_MS = 15 * SECOND_MS;
 
 /**
@@ -24,27 +28,33 @@ const REPLY_MS = 15 * SECOND_MS;
  * change, and again when a question of ours does not come back, whoever took the route away.
  */
 export async function tellResolved(deps: TellDeps, signal: AbortSignal): Promise<void> {
-  let told: string | undefined;
+  let told: readonly string[] = [];
+  let pauseMs = LOOK_MS;
   for (;;) {
     if (await deps.applies()) {
-      const wanted = deps.domains().join(" ");
-      if (wanted !== told || !(await deps.routed(signal))) {
-        told = undefined;
-        const fault = await tell(deps, wanted, signal);
+      const wanted = deps.domains();
+      if (wanted.join(" ") !== told.join(" ") || !(await deps.routed(signal))) {
+        deps.onRoutes([...told, ...wanted]);
+        const fault = await tell(deps, wanted.join(" "), signal);
         if (fault === undefined) {
           told = wanted;
+          deps.onRoutes(told);
+          pauseMs = LOOK_MS;
           deps.conditions.clear("names-not-routed");
         } else {
+          pauseMs = Math.min(2 * pauseMs, MAX_LOOK_MS);
           deps.conditions.raise(
             "names-not-routed",
-            "error",
-            `systemd-resolved does not send us the questions for the mesh's names: ${fault}`,
-            "`resolvectl status` and `journalctl -u 'vmmesh-resolved@*'` say more; vmmesh keeps trying.",
+            "warning",
+            `programs that ask systemd-resolved without resolv.conf do not get the mesh's names: ${fault}`,
+            "Others get them, their questions are captured. `resolvectl status` and `journalctl -u 'vmmesh-resolved@*'` say more; vmmesh keeps trying.",
           );
         }
       }
+    } else {
+      deps.conditions.clear("names-not-routed");
     }
-    await deps.host.clock.sleep(LOOK_MS, signal);
+    await deps.host.clock.sleep(pauseMs, signal);
   }
 }
 

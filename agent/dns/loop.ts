@@ -1,11 +1,10 @@
 /**
- * Below it are questions that we send to find loops. Nobody has it, and unlike `.invalid` resolvers pass it on: ICANN
- * reserved `.internal` for private use.
+ * Below them are questions that we send to find out where they arrive. Nobody has them, and unlike `.invalid` resolvers
+ * pass them on: ICANN reserved `.internal` for private use.
  */
-const SUFFIX = ".loop.vmmesh.internal.";
-
-/** Routed to us by systemd-resolved, so that such a question to it says whether the route stands. */
-export const OWN_DOMAIN = "~loop.vmmesh.internal";
+export const LOOP_SUFFIX = ".loop.vmmesh.internal.";
+/** systemd-resolved is told to send these to us: what comes back is no loop, and says that the route stands. */
+export const ROUTE_SUFFIX = ".route.vmmesh.internal.";
 
 /**
  * Finds resolvers that send our questions back to us, as dnsmasq does where capture also takes what it forwards
@@ -15,10 +14,15 @@ export class LoopWatch {
   /** Names that are on their way. */
   readonly #asked = new Map<string, { readonly server: string; cameBack: boolean }>();
   readonly #looping = new Set<string>();
+  readonly #suffix: string;
+
+  constructor(suffix: string) {
+    this.#suffix = suffix;
+  }
 
   /** The name to ask `server` for. `token` must be fresh. */
   nameFor(server: string, token: string): string {
-    const name = `${token}${SUFFIX}`;
+    const name = `${token}${this.#suffix}`;
     this.#asked.set(name, { server, cameBack: false });
     return name;
   }
@@ -30,7 +34,7 @@ export class LoopWatch {
       asked.cameBack = true;
       this.#looping.add(asked.server);
     }
-    return name.endsWith(SUFFIX);
+    return name.endsWith(this.#suffix);
   }
 
   /** The server has answered or was silent for long: one that loops no more is asked again. */

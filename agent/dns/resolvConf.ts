@@ -36,13 +36,9 @@ export function readResolvConf(text: string): ResolvConf {
 /** systemd-resolved itself, as programs that read resolv.conf know it. */
 export const RESOLVED_STUB = "127.0.0.53";
 
-/**
- * Addresses whose port 53 is captured: a rule knows no zone, `fe80::1%eth0` is `fe80::1` to it. systemd-resolved's is not:
- * it asks us for the mesh's names by itself.
- */
+/** Addresses whose port 53 is captured: a rule knows no zone, `fe80::1%eth0` is `fe80::1` to it. */
 export function capturedServers(text: string): string[] {
-  const servers = parseResolvConf(text).servers.map(withoutZone);
-  return [...new Set(servers)].filter((server) => server !== RESOLVED_STUB);
+  return [...new Set(parseResolvConf(text).servers.map(withoutZone))];
 }
 
 function withoutZone(address: string): string {

@@ -1,5 +1,4 @@
 import { describe, expect, test } from "vitest";
-import { capturedServers } from "./resolvConf.ts";
 import { isRoutable, routedDomains } from "./routed.ts";
 
 const tableOf = (...names: string[]) => ({
@@ -34,8 +33,4 @@ describe("the domains that systemd-resolved sends to us", () => {
     "%s is none",
     (domain) => expect(isRoutable(domain)).toBe(false),
   );
-});
-
-test("the port of systemd-resolved's stub is not captured, that of other servers is", () => {
-  expect(capturedServers("nameserver 127.0.0.53\nnameserver 10.0.0.2\n")).toEqual(["10.0.0.2"]);
 });

@@ -1,10 +1,14 @@
+import { ROUTE_SUFFIX } from "./loop.ts";
 import type { DnsTable } from "./table.ts";
 
-/** systemd-resolved takes 1024 domains for one link (LINK_SEARCH_DOMAINS_MAX); one is `OWN_DOMAIN`. */
+/** systemd-resolved takes 1024 domains for one link (LINK_SEARCH_DOMAINS_MAX); one is `ROUTE_DOMAIN`. */
 const MAX_DOMAINS = 1023;
 const LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?";
 /** Two labels at least: neither everything (`~.`) nor a top-level domain is ours to answer. */
 const DOMAIN = new RegExp(`^~?(?=.{1,253}$)(?:${LABEL}\\.)+${LABEL}$`);
+
+/** Below it are the questions that say whether the route stands. */
+export const ROUTE_DOMAIN = `~${ROUTE_SUFFIX.slice(1, -1)}`;
 
 /** Whether systemd-resolved may be given this domain: as resolved.conf(5) writes it, `~` for "routes only". */
 export function isRoutable(domain: string): boolean {

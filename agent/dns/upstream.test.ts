@@ -205,3 +205,39 @@ test("a resolver that sends our questions back to us is found, named and left ou
   await rcode(upstreams);
   await expect.poll(() => upstreams.health()[0]?.healthy).toBe(true);
 }, 20_000);
+
+describe("where resolv.conf names systemd-resolved", () => {
+  const STUB = "127.0.0.53";
+  async function withResolved(does: Resolver["does"] | undefined) {
+    const stub = does === undefined ? undefined : await resolver(STUB, does);
+    const behind = await resolver("127.0.8.3", 0);
+    const texts: Record<string, string> = {
+      "/etc/resolv.conf": `nameserver ${STUB}\n`,
+      "/run/systemd/resolve/resolv.conf": "nameserver 127.0.8.3\n",
+    };
+    const files = { ...machine.files, readText: async (path: string) => texts[path] };
+    const host = { ...machine, clock, files };
+    return { stub, behind, upstreams: new Upstreams({ host, resolvConf: "/etc/resolv.conf", port: PORT }) };
+  }
+
+  test("it is asked, so that the routes of a VPN count, and nobody behind its back, whatever it refuses", async () => {
+    const { stub, behind, upstreams } = await withResolved(2);
+    expect(await rcode(upstreams)).toBe(2);
+    expect(stub?.asked).toEqual(["a.test"]);
+    expect(behind.asked).toEqual([]);
+  });
+
+  test("what it would ask us for is asked of the servers behind it", async () => {
+    const { stub, behind, upstreams } = await withResolved(0);
+    upstreams.routesAre(["~test"]);
+    expect(await rcode(upstreams)).toBe(0);
+    expect(stub?.asked).toEqual([]);
+    expect(behind.asked).toEqual(["a.test"]);
+  });
+
+  test("when it does not run, the servers behind it are asked", async () => {
+    const { behind, upstreams } = await withResolved(undefined);
+    expect(await rcode(upstreams)).toBe(0);
+    expect(behind.asked).toEqual(["a.test"]);
+  });
+});

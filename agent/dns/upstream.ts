@@ -4,9 +4,9 @@ import { RESOLVED_CONF } from "../core/paths.ts";
 import { SECOND_MS } from "../core/time.ts";
 import type { Host } from "../platform/host.ts";
 import { TYPE } from "./answer.ts";
-import { LoopWatch } from "./loop.ts";
+import { LOOP_SUFFIX, LoopWatch, ROUTE_SUFFIX } from "./loop.ts";
 import { parseResolvConf, RESOLVED_STUB, type ResolvConf, readResolvConf } from "./resolvConf.ts";
-import { Deframer, frame, idOf, isReplyTo, RCODE, rcodeOf, withId, writeQuery } from "./wire.ts";
+import { Deframer, frame, idOf, isReplyTo, RCODE, rcodeOf, readQuery, withId, writeQuery } from "./wire.ts";
 
 /** How long one server may take; the resolver library of the machine waits as long (resolv.conf(5), `timeout`). */
 const ATTEMPT_MS = 5 * SECOND_MS;
@@ -29,7 +29,7 @@ export interface UpstreamHealth {
 
 export interface UpstreamDeps {
   readonly host: Pick<Host, "net" | "clock" | "files" | "random">;
-  /** Usually `/etc/resolv.conf`; read again when it has changed. Where it names systemd-resolved, which would ask us back, its servers are taken. */
+  /** Usually `/etc/resolv.conf`; read again when it has changed. */
   readonly resolvConf: string;
   /** Port of the servers in resolv.conf, which cannot name one. Default 53. */
   readonly port?: number;
@@ -47,7 +47,8 @@ export interface UpstreamDeps {
  * The machine's own resolvers. Asked in the order of resolv.conf, those that failed last; a silent server is
  * hedged by the next after 1.5 s, so that its death costs one short wait and no lookup. Whether it answers again is
  * found out beside a question that another answers. A reply that refuses counts only if nobody has a better one. UDP stays UDP and TCP stays TCP;
- * replies are returned untouched but for the id. Source port (the kernel's choice, one socket per query) and id are
+ * replies are returned untouched but for the id. Where systemd-resolved is one of them, the servers behind it are asked for
+ * names that it would ask us for, and for all when it does not run. Source port (the kernel's choice, one socket per query) and id are
  * fresh each time, and only a reply from the asked address and port with that id and question counts (RFC 5452).
  */
 export class Upstreams {
@@ -56,7 +57,11 @@ export class Upstreams {
   #conf: ResolvConf = parseResolvConf("");
   #text: string | undefined;
   #readAtMs = Number.NEGATIVE_INFINITY;
-  readonly #loops = new LoopWatch();
+  readonly #loops = new LoopWatch(LOOP_SUFFIX);
+  readonly #routes = new LoopWatch(ROUTE_SUFFIX);
+  /** Servers of systemd-resolved, where resolv.conf names it. */
+  #behind: readonly string[] = [];
+  #routed: ReadonlySet<string> = new Set();
   #loopsCheckedMs = Number.NEGATIVE_INFINITY;
 
   constructor(deps: UpstreamDeps) {
@@ -81,7 +86,7 @@ export class Upstreams {
 
   /** Whether a question that arrived here is one by which loops are found. */
   isLoopCheck(name: string): boolean {
-    return this.#loops.arrived(name);
+    return this.#loops.arrived(name) || this.#routes.arrived(name);
   }
 
   /**
@@ -92,31 +97,36 @@ export class Upstreams {
     const now = this.#deps.host.clock.monotonicMs();
     if (now - this.#readAtMs < REREAD_MS) return;
     this.#readAtMs = now;
-    const text = await this.#read();
-    if (text === undefined || text === this.#text || text.trim() === "") return;
-    this.#text = text;
-    const known = this.#conf.servers;
-    const { servers, search } = readResolvConf(text);
-    this.#conf = { servers: servers.length === 0 ? known : servers, search };
-    for (const server of known.filter((it) => !this.#conf.servers.includes(it))) {
+    const text = await this.#read(this.#deps.resolvConf);
+    const known = [...this.#conf.servers, ...this.#behind];
+    if (text !== undefined && text !== this.#text && text.trim() !== "") {
+      this.#text = text;
+      const { servers, search } = readResolvConf(text);
+      this.#conf = { servers: servers.length === 0 ? this.#conf.servers : servers, search };
+      this.#loopsCheckedMs = Number.NEGATIVE_INFINITY;
+    }
+    const resolved = this.#conf.servers.includes(RESOLVED_STUB);
+    this.#behind = resolved ? readResolvConf((await this.#read(RESOLVED_CONF)) ?? "").servers : [];
+    for (const server of known) {
+      if (this.#conf.servers.includes(server) || this.#behind.includes(server)) continue;
       this.#suspects.delete(server);
       this.#deps.onGone?.(server);
     }
-    this.#loopsCheckedMs = Number.NEGATIVE_INFINITY;
   }
 
-  async #read(): Promise<string | undefined> {
-    const read = (path: string): Promise<string | undefined> =>
-      this.#deps.host.files.readText(path).catch(() => undefined);
-    const text = await read(this.#deps.resolvConf);
-    const servers = text === undefined ? [] : readResolvConf(text).servers;
-    return servers.includes(RESOLVED_STUB) ? ((await read(RESOLVED_CONF)) ?? text) : text;
+  #read(path: string): Promise<string | undefined> {
+    return this.#deps.host.files.readText(path).catch(() => undefined);
+  }
+
+  /** systemd-resolved sends us, or may send us, what is below these domains (resolved.conf(5)): it is not asked for that. */
+  routesAre(domains: readonly string[]): void {
+    this.#routed = new Set(domains.map((domain) => `${domain.replace(/^~/, "")}.`));
   }
 
   /** Whether systemd-resolved sends us a question that is ours: it is asked one, and the question arrives here. */
   async isRouted(signal: AbortSignal): Promise<boolean> {
-    await this.#checkLoop(RESOLVED_STUB, signal);
-    return this.#loops.loops(RESOLVED_STUB);
+    await this.#checkLoop(RESOLVED_STUB, signal, this.#routes);
+    return this.#routes.loops(RESOLVED_STUB);
   }
 
   /**
@@ -125,7 +135,8 @@ export class Upstreams {
    */
   async forward(query: Uint8Array, protocol: "udp" | "tcp", signal: AbortSignal): Promise<Uint8Array> {
     await this.refresh();
-    const servers = this.#inOrder();
+    const behind = this.#behind.filter((server) => !this.#conf.servers.includes(server));
+    const servers = [...this.#inOrder(query), ...behind];
     this.#lookBeside(servers, query, protocol, signal);
     const scope = new AbortController();
     const stop = (): void => scope.abort(signal.reason);
@@ -142,6 +153,9 @@ export class Upstreams {
       for (const server of servers) {
         // A refusal is an answer: nobody waits for the dead to say better.
         if (refusal !== undefined && this.#suspects.has(server)) break;
+        // What systemd-resolved refuses (DNSSEC) or is slow about is not asked of others behind its back.
+        if (behind.includes(server) && servers.includes(RESOLVED_STUB) && !this.#suspects.has(RESOLVED_STUB))
+          break;
         attempts.push(ask(server));
         const reply = await Promise.race([
           Promise.any(attempts).catch(() => undefined),
@@ -157,10 +171,19 @@ export class Upstreams {
     }
   }
 
-  #inOrder(): string[] {
-    const servers = this.#conf.servers.filter((server) => !this.#loops.loops(server));
+  #inOrder(query: Uint8Array): string[] {
     const suspect = (server: string): boolean => this.#suspects.has(server);
-    return [...servers.filter((server) => !suspect(server)), ...servers.filter(suspect)];
+    const named = this.#conf.servers.filter(
+      (server) => !this.#loops.loops(server) && !(server === RESOLVED_STUB && this.#isRouted(query)),
+    );
+    return [...named.filter((server) => !suspect(server)), ...named.filter(suspect)];
+  }
+
+  #isRouted(query: Uint8Array): boolean {
+    const read = readQuery(query);
+    if (typeof read === "string") return false;
+    const labels = read.question.name.toLowerCase().split(".");
+    return labels.some((_, index) => this.#routed.has(labels.slice(index).join(".")));
   }
 
   /** What is found out by the way: whether the silent speak again, and whether anybody is a loop. */
@@ -183,12 +206,12 @@ export class Upstreams {
     for (const server of this.#conf.servers) void this.#checkLoop(server, signal);
   }
 
-  async #checkLoop(server: string, signal: AbortSignal): Promise<void> {
+  async #checkLoop(server: string, signal: AbortSignal, watch = this.#loops): Promise<void> {
     const { random } = this.#deps.host;
-    const name = this.#loops.nameFor(server, Buffer.from(random(8)).toString("hex"));
+    const name = watch.nameFor(server, Buffer.from(random(8)).toString("hex"));
     const question = writeQuery(idOf(random(2)), name, TYPE.A, "recursion");
     await this.#askUdp(server, question, signal).catch(() => undefined);
-    this.#loops.settle(name);
+    watch.settle(name);
   }
 
   async #attempt(
