@@ -257,7 +257,7 @@ export async function inUnit(machine: Machine, who: Broken, attempts: readonly A
   const kept = service
     .split("\n")
     .filter(
-      (line) => !/^(Type|NotifyAccess|ExecStart|WatchdogSec|Restart\w*|Timeout\w+|Standard\w+)=/.test(line),
+      (line) => !/^(Type|NotifyAccess|Exec\w+|WatchdogSec|Restart\w*|Timeout\w+|Standard\w+)=/.test(line),
     );
   machine.putFile("/opt/attempts.sh", script(attempts, await pidsOf(machine)));
   machine.putFile(
