@@ -410,8 +410,8 @@ export async function readTable(
 
 const MAX_DEPTH = 5;
 
-/** In a hook itself there is no chain to come back to, neither for RETURN nor from where a goto has led. */
-const endsHook = (rule: ParsedRule): boolean => rule.target === "RETURN" || rule.words.includes("-g");
+/** What it fits meets no more rules of this chain; in a hook itself there is no other chain to come back to. */
+const leavesChain = (rule: ParsedRule): boolean => rule.target === "RETURN" || rule.words.includes("-g");
 
 interface Passed {
   /** undefined: the rule keeps no packet from us; else the program whose chain it is, empty if unknown. */
@@ -429,7 +429,7 @@ async function walkAhead(
   clear: Bits,
   depth: number,
 ): Promise<Passed> {
-  const kind = depth === 0 && endsHook(rule) ? "yes" : diverts(rule);
+  const kind = depth === 0 && leavesChain(rule) ? "yes" : diverts(rule);
   if (kind === "no") return { by: undefined, clear: clearAfter(rule, clear) };
   if (asksForClear(rule, clear)) return { by: undefined, clear };
   const chain = rule.target ?? "";
@@ -444,8 +444,7 @@ async function walkAhead(
   for (const inner of rules) {
     const passed = await walkAhead(host, plan, family, table, inner, inside, depth + 1);
     if (passed.by !== undefined) return { by: passed.by || (ownerOfChain(chain) ?? ""), clear };
-    if (inner.target === "RETURN" || inner.words.includes("-g"))
-      leaves = and(leaves ?? inside, and(inside, passed.clear));
+    if (leavesChain(inner)) leaves = and(leaves ?? inside, and(inside, passed.clear));
     inside = passed.clear;
   }
   return { by: undefined, clear: leaves === undefined ? inside : and(leaves, inside) };

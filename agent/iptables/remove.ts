@@ -3,9 +3,9 @@ import { type Applies, readableState } from "./generation.ts";
 import { withoutCounters } from "./parse.ts";
 import { type CaptureWish, DEFAULT_ROUTE_TABLE } from "./plan/wish.ts";
 import { type CapturePlan, planCapture } from "./plan.ts";
-import { foreignIstio, listNftTables, readMachine, readTables, tryRun } from "./read.ts";
+import { foreignIstio, listNftTables, readMachine, readTables } from "./read.ts";
 import { refusal } from "./refusal.ts";
-import { awaitRollback, LOCK_SECONDS, ROLLBACK_UNIT, undo } from "./rollback.ts";
+import { awaitRollback, LOCK_SECONDS, stopTimer, undo } from "./rollback.ts";
 import { leftRouting } from "./routing.ts";
 import { CHAIN } from "./rules.ts";
 import { nftTables, renderChainsOut, renderUndoScript } from "./undo.ts";
@@ -58,7 +58,7 @@ export async function removeCapture(
     ];
     removed.push(here);
   }
-  await tryRun(host, { argv: ["systemctl", "stop", `${ROLLBACK_UNIT}.timer`] });
+  await stopTimer(host, "systemd");
   if (removed.length === 0 && (await removeUnrecorded(host))) removed.push("rules without a record");
   const strays = await takeOutElsewhere(host, undefined, rulesDir);
   removed.push(...strays.map((backend) => `rules in iptables-${backend}`));

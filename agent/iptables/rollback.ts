@@ -13,7 +13,7 @@ export interface ApplyOptions {
   readonly unit: "systemd" | "detached";
 }
 
-export const ROLLBACK_UNIT = "vmmesh-rollback";
+const ROLLBACK_UNIT = "vmmesh-rollback";
 
 /** A rollback beside 50,000 foreign rules takes some; iptables-legacy's may wait for a lock, too. */
 const ROLLBACK_SECONDS = "30";
