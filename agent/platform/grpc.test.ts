@@ -1,5 +1,10 @@
 import { once } from "node:events";
-import { connect as connectHttp2, type IncomingHttpHeaders } from "node:http2";
+import {
+  connect as connectHttp2,
+  createSecureServer,
+  type IncomingHttpHeaders,
+  type ServerHttp2Stream,
+} from "node:http2";
 import { type AddressInfo, createServer, type Server, type Socket } from "node:net";
 import { type Duplex, duplexPair } from "node:stream";
 import { setTimeout } from "node:timers/promises";
@@ -7,6 +12,7 @@ import { Metadata, status } from "@grpc/grpc-js";
 import { afterEach, describe, expect, test } from "vitest";
 import { Authority } from "../../test/controlplane/authority.ts";
 import { SERVER_NAME, startIstiod } from "../../test/fakes/istiod.ts";
+import { DAY_MS } from "../core/time.ts";
 import { type GrpcTarget, grpcError, openStream, type ServedStream, serveStreams, unary } from "./grpc.ts";
 
 const ECHO = "/test.Echo/Say";
@@ -123,6 +129,41 @@ describe("a failure names its suspect", () => {
     await expect(work).rejects.toMatchObject({ code: "ISTIOD_UNTRUSTED" });
   });
 
+  test.for([
+    { name: "has ended", certificateShiftMs: -366 * DAY_MS, says: "has expired" },
+    { name: "is not valid yet", certificateShiftMs: DAY_MS, says: "is not yet valid" },
+  ])("the server's certificate $name: its dates and the clock are named, not its root", async (row) => {
+    await using istiod = await startIstiod({ [ECHO]: echo }, row);
+    const work = unary(targetOf(istiod.port, istiod.authority.rootPem), ECHO, Buffer.from("x"), 5000, NEVER);
+    await expect(work).rejects.toMatchObject({
+      code: "ISTIOD_UNTRUSTED",
+      message: expect.stringContaining(row.says),
+      next: expect.stringContaining("timedatectl"),
+    });
+  });
+
+  test("a push that claims to be longer than 512 MiB is refused before it is sent, and what narrows it is said", async () => {
+    const authority = await Authority.create("cluster.local");
+    const server = createSecureServer(await authority.server([SERVER_NAME], ["127.0.0.1"]));
+    server.on("stream", (stream: ServerHttp2Stream) => {
+      stream.on("error", () => undefined);
+      stream.respond({ ":status": 200, "content-type": "application/grpc" });
+      const head = Buffer.alloc(5);
+      head.writeUInt32BE(512 * 1024 * 1024 + 1, 1);
+      stream.write(head);
+    });
+    await once(server.listen(0, "127.0.0.1"), "listening");
+    const { port } = server.address() as AddressInfo;
+    const seen: Uint8Array[] = [];
+    const stream = openStream(targetOf(port, authority.rootPem), ECHO, (it) => seen.push(it));
+    await expect(stream.done).rejects.toMatchObject({
+      message: expect.stringMatching(/RESOURCE_EXHAUSTED.*larger than max/),
+      next: expect.stringContaining("Sidecar"),
+    });
+    expect(seen).toEqual([]);
+    server.close();
+  });
+
   // The words are those of grpc-js 1.14.7 with OpenSSL 3, seen against `openssl s_server -Verify` and a closed port.
   test.for([
     {
@@ -133,7 +174,15 @@ describe("a failure names its suspect", () => {
       want: "CERT_WRONG_ROOT",
     },
     {
-      name: "our certificate has ended",
+      // Seen against Go's crypto/tls, with a certificate that had ended and with one that was not valid yet.
+      name: "our certificate has ended by the server's clock",
+      code: status.UNAVAILABLE,
+      details:
+        "No connection established. Last error: error:0A000415:SSL routines:ssl3_read_bytes:ssl/tls alert certificate expired:../deps/openssl/openssl/ssl/record/rec_layer_s3.c:918:SSL alert number 45",
+      want: "CLOCK_OFF",
+    },
+    {
+      name: "our certificate does not please",
       code: status.UNAVAILABLE,
       details: "No connection established. Last error: sslv3 alert bad certificate: SSL alert number 42",
       want: "CERT_WRONG_ROOT",

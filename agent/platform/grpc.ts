@@ -168,11 +168,14 @@ export function openStream(
   };
 }
 
+const SET_THE_CLOCK = "`timedatectl` tells whether this machine's clock is synchronized";
+
 /**
  * A gRPC failure as a sentence with its suspect.
  *
- * ISTIOD_UNREACHABLE: no TCP connection, or the server is not ready. ISTIOD_UNTRUSTED: the TLS handshake failed on its
- * certificate. CERT_WRONG_ROOT: on ours. IDENTITY_REFUSED: it answered, and did not accept who we are.
+ * ISTIOD_UNREACHABLE: no TCP connection, the server is not ready, or it ended the call. ISTIOD_UNTRUSTED: the TLS
+ * handshake failed on its certificate. CERT_WRONG_ROOT: on ours. CLOCK_OFF: on the dates of ours, which by our clock are
+ * good. IDENTITY_REFUSED: it answered, and did not accept who we are.
  */
 export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError {
   const where = `${target.address}:${target.port}`;
@@ -183,6 +186,15 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
       cause,
       next: "Make a new token (`vmmesh bundle create`, or join with a kubeconfig): the old one may be expired, of another service account than the machine says, or of another cluster than ISTIO_META_CLUSTER_ID in cluster.env.",
     });
+  }
+  if (/alert certificate expired|alert (?:number )?45/i.test(why)) {
+    // What has ended by our own clock is never presented. Go says the same of a certificate that is not valid yet
+    // (crypto/tls, processCertsFromClient: x509.Expired stands for both).
+    return new VmmeshError(
+      "CLOCK_OFF",
+      `istiod at ${where} finds this machine's certificate expired or not valid yet, which it is not by this machine's clock`,
+      { cause, next: `One of the two clocks is wrong: ${SET_THE_CLOCK}.` },
+    );
   }
   if (
     /certificate unknown|bad certificate|unknown ca|certificate required|alert (?:number )?(?:42|46|48|116)/i.test(
@@ -201,6 +213,17 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
       cause,
       next: "Is it another revision of istiod, or a proxy before it? The name that is asked for is the host of discoveryAddress in mesh.yaml.",
     });
+  }
+  const dated = /certificate (has expired|is not yet valid)/i.exec(why)?.[1];
+  if (dated !== undefined) {
+    return new VmmeshError(
+      "ISTIOD_UNTRUSTED",
+      `by this machine's clock the certificate of ${target.serverName} at ${where} ${dated}`,
+      {
+        cause,
+        next: `Is the clock right? ${SET_THE_CLOCK}. If it is, istiod's own certificate or root is to be renewed.`,
+      },
+    );
   }
   if (/certificate|self.signed|issuer|unable to verify/i.test(why)) {
     return new VmmeshError(
@@ -233,7 +256,9 @@ export function grpcError(error: ServiceError, target: GrpcTarget): VmmeshError 
     `istiod at ${where} ended the call: ${status[error.code] ?? error.code}: ${why}`,
     {
       cause,
-      next: "What istiod names must be there in the cluster, e.g. the WorkloadGroup: `kubectl get workloadgroups`.",
+      next: /larger than max/i.test(why)
+        ? "A Sidecar resource in the workload's namespace (spec.egress.hosts) narrows the configuration that istiod sends."
+        : "What istiod names must be there in the cluster, e.g. the WorkloadGroup: `kubectl get workloadgroups`.",
     },
   );
 }

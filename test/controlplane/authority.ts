@@ -57,10 +57,14 @@ export class Authority {
     return this.#sign(request.publicKey, san, "", ttlMs > 0 ? ttlMs : DEFAULT_TTL_MS);
   }
 
-  /** A key and a certificate for the control plane's own port. */
+  /**
+   * A key and a certificate for the control plane's own port.
+   * @param shiftMs how much later than now it is made: negative beyond a year, it has ended
+   */
   async server(
     names: readonly string[],
     addresses: readonly string[],
+    shiftMs = 0,
   ): Promise<{ key: string; cert: string }> {
     const keys = await webcrypto.subtle.generateKey(ALGORITHM, true, ["sign", "verify"]);
     const san = new x509.SubjectAlternativeNameExtension([
@@ -70,7 +74,7 @@ export class Authority {
     const key = Buffer.from(await webcrypto.subtle.exportKey("pkcs8", keys.privateKey));
     return {
       key: `-----BEGIN PRIVATE KEY-----\n${key.toString("base64").replaceAll(/.{64}/g, "$&\n").trimEnd()}\n-----END PRIVATE KEY-----\n`,
-      cert: await this.#sign(keys.publicKey, san, "CN=istiod", 365 * DAY_MS),
+      cert: await this.#sign(keys.publicKey, san, "CN=istiod", 365 * DAY_MS, shiftMs),
     };
   }
 
@@ -79,7 +83,9 @@ export class Authority {
     san: x509.SubjectAlternativeNameExtension,
     subject: string,
     ttlMs: number,
+    shiftMs = 0,
   ): Promise<string> {
+    const now = Date.now() + shiftMs;
     const leaf = await x509.X509CertificateGenerator.create({
       serialNumber: serial(),
       subject,
@@ -87,8 +93,8 @@ export class Authority {
       publicKey,
       signingKey: this.#keys.privateKey,
       signingAlgorithm: ALGORITHM,
-      notBefore: new Date(Date.now() - GRACE_MS),
-      notAfter: new Date(Math.min(Date.now() + ttlMs, this.#root.notAfter.getTime())),
+      notBefore: new Date(now - GRACE_MS),
+      notAfter: new Date(Math.min(now + ttlMs, this.#root.notAfter.getTime())),
       extensions: [
         new x509.BasicConstraintsExtension(false, undefined, true),
         new x509.KeyUsagesExtension(

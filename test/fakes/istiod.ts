@@ -17,10 +17,14 @@ export interface FakeIstiod extends AsyncDisposable {
 
 export async function startIstiod(
   handlers: Readonly<Record<string, (stream: ServedStream) => void>>,
-  options: { authority?: Authority; names?: readonly string[] } = {},
+  options: { authority?: Authority; names?: readonly string[]; certificateShiftMs?: number } = {},
 ): Promise<FakeIstiod> {
   const authority = options.authority ?? (await Authority.create("cluster.local"));
-  const own = await authority.server(options.names ?? [SERVER_NAME], ["127.0.0.1"]);
+  const own = await authority.server(
+    options.names ?? [SERVER_NAME],
+    ["127.0.0.1"],
+    options.certificateShiftMs,
+  );
   const grpc = serveStreams(handlers);
   const sockets = new Set<TLSSocket>();
   let accepted = 0;
