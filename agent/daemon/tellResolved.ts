@@ -52,6 +52,7 @@ export async function tellResolved(deps: TellDeps, signal: AbortSignal): Promise
         }
       }
     } else {
+      pauseMs = LOOK_MS;
       deps.conditions.clear("names-not-routed");
     }
     await deps.host.clock.sleep(pauseMs, signal);
