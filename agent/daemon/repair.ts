@@ -7,6 +7,7 @@ import { tryRun } from "../iptables/read.ts";
 import type { Host } from "../platform/host.ts";
 import { UNITS } from "../platform/services.ts";
 import { readCaptureState, writeCaptureState } from "./captureState.ts";
+import { startFailedPaths } from "./failedPaths.ts";
 import { resolversChanged } from "./resolvers.ts";
 
 /**
@@ -22,6 +23,7 @@ export async function repairCapture(
 ): Promise<void> {
   const report = await loadConfirmed(host, paths.rules);
   if (report.state === "nothing confirmed") return;
+  await startFailedPaths(host, say);
   // systemd's path unit watches the file behind a link, and does not see another put in the place of the link.
   if (await resolversChanged(host.files, report.resolvers))
     await tryRun(host, { argv: ["systemctl", "start", "--no-block", UNITS.resolvers] });

@@ -9,6 +9,7 @@ export const UNITS = {
   envoyLog: "vmmesh-envoy-log.socket",
   repair: "vmmesh-rules.path",
   resolvers: "vmmesh-resolvers.service",
+  resolversWatch: "vmmesh-resolvers.path",
   monitor: "vmmesh-nftmon.service",
   mendRun: "vmmesh-order.service",
   repairRun: "vmmesh-rules.service",

@@ -207,6 +207,33 @@ describe("two machines join a real mesh", () => {
     await arrivesAs(reviews, "http://details/", spiffe("reviews"));
   });
 
+  test("a path unit that failed is started again by the timer's repair; one that the operator stopped is not", async () => {
+    const stateOf = async (): Promise<string> =>
+      (await reviews.exec("systemctl is-active vmmesh-rules.path", { allowFail: true })).stdout.trim();
+    // A limit on its service is how a path unit is made to fail without taking inotify away from the whole kernel.
+    const limit = "/run/systemd/system/vmmesh-order.service.d/test.conf";
+    reviews.putFile("/run/limit.conf", "[Unit]\nStartLimitIntervalSec=1h\nStartLimitBurst=1\n");
+    await reviews.exec(`install -D -m 0644 /run/limit.conf ${limit} && systemctl daemon-reload`);
+    try {
+      await waitFor("the path unit to fail", async () => {
+        await reviews.exec("touch /run/vmmesh/repair-request");
+        return (await stateOf()) === "failed" ? true : undefined;
+      });
+    } finally {
+      await reviews.exec(
+        `rm -f ${limit}; systemctl daemon-reload; systemctl reset-failed vmmesh-order.service || true`,
+      );
+    }
+    await reviews.exec("systemctl start vmmesh-rules.service");
+    expect(await stateOf()).toBe("active");
+    expect((await reviews.exec("journalctl -u vmmesh-rules.service -o cat")).stdout).toContain(
+      "repaired: vmmesh-rules.path had failed",
+    );
+    await reviews.exec("systemctl stop vmmesh-rules.path && systemctl start vmmesh-rules.service");
+    expect(await stateOf()).toBe("inactive");
+    await reviews.exec("systemctl start vmmesh-rules.path");
+  });
+
   test("kube-proxy in iptables mode, started after the join and restarted: the request still goes through Envoy", async () => {
     reviews.putFile("/etc/kube-proxy.conf", lab.kubeconfigText("admin"), 0o600);
     reviews.putFile(
