@@ -35,10 +35,11 @@ import { parseAppTargets, serveScrape } from "../telemetry/scrape.ts";
 import type { StatusSnapshot } from "../telemetry/status.ts";
 import { TlsDoor } from "../telemetry/tls.ts";
 import { LastGoodFile } from "../xds/lastGood.ts";
-import { AdsRelay, type RelayEvent } from "../xds/relay.ts";
+import { AdsRelay } from "../xds/relay.ts";
 import { captureWords } from "./capture.ts";
 import { readCaptureState } from "./captureState.ts";
 import { metricsPair } from "./metricsTls.ts";
+import { RelayNews, shortType } from "./relayNews.ts";
 import { tellResolved } from "./tellResolved.ts";
 import { watchRules } from "./watchRules.ts";
 import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
@@ -46,13 +47,6 @@ import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 const PROXY_DOMAIN = "svc.cluster.local";
 /** How often Envoy is asked whether it is ready: often while it is not, so that a start is not a poll longer than it is. */
 const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
-/** What a machine is without when its Envoy lacks one of Istio's own extensions (ch. 10 of the VM protocol). */
-const STRIPPED_LOSS: Readonly<Record<string, string>> = {
-  "istio.alpn": "HTTP policy on undeclared ports",
-  "istio.metadata_exchange": "peer labels",
-  "istio.stats": "custom dimensions of istio_requests_total",
-};
-
 export interface AgentDeps {
   readonly host: Host;
   readonly paths: Paths;
@@ -118,110 +112,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
   const ca = async () => istiodTarget(host, workload, await roots());
 
   // ——— configuration
-  let lastRejection: string | undefined;
-  let identityRefused = false;
-  let reached = 0;
-  let lostAt: Date | undefined = startedAt;
-  const onEvent = (event: RelayEvent): void => {
-    switch (event.kind) {
-      case "connected":
-        metrics.xdsConnected.set(1);
-        lostAt = undefined;
-        identityRefused = false;
-        reached += 1;
-        conditions.clear("control-plane-unreachable");
-        log.info(`connected to istiod at ${event.address}`);
-        return;
-      case "disconnected":
-        metrics.xdsConnected.set(0);
-        metrics.xdsReconnects.inc();
-        metrics.istiodConnectionTerminations.inc({ type: "error" });
-        lostAt = host.clock.now();
-        log.info(`istiod at ${event.address} is gone: ${event.reason}`);
-        return;
-      case "unreachable":
-        metrics.istiodConnectionFailures.inc();
-        identityRefused = event.error.code === "CERT_WRONG_ROOT" || event.error.code === "IDENTITY_REFUSED";
-        conditions.raise(
-          "control-plane-unreachable",
-          "warning",
-          `no control plane: ${event.error.message}; Envoy goes on with what it has`,
-          event.error.next ?? "vmmesh keeps trying.",
-        );
-        log.debug("next attempt", {
-          in_ms: Math.round(event.retryInMs),
-          cause: messageOf(event.error.cause),
-        });
-        return;
-      case "rejected":
-        metrics.xdsRejections.inc({ type: shortType(event.typeUrl) });
-        lastRejection = `${shortType(event.typeUrl)}: ${event.reason}`;
-        conditions.raise(
-          "configuration-rejected",
-          "error",
-          `Envoy refused a ${shortType(event.typeUrl)} of the control plane: ${event.reason}`,
-          "A stock Envoy lacks Istio's own extensions: see README.md, or run the Envoy of your Istio release with --envoy.",
-        );
-        return;
-      case "stripped":
-        metrics.xdsStripped.reset();
-        for (const name of event.names) metrics.xdsStripped.set({ name }, 1);
-        if (event.names.length === 0) conditions.clear("extensions-stripped");
-        else
-          conditions.raise(
-            "extensions-stripped",
-            "warning",
-            `not in this Envoy, so taken out: ${event.names.join(", ")}; lost with them: ${event.names.map((name) => STRIPPED_LOSS[name] ?? name).join(", ")}`,
-            "Mutual TLS and identities are whole. Declare the protocol of ports; for Istio's telemetry run the Envoy of your Istio release (--envoy).",
-          );
-        return;
-      case "restored":
-        metrics.xdsStale.set(1);
-        conditions.raise(
-          "configuration-stale",
-          "warning",
-          `no control plane answers: Envoy has the configuration that was saved at ${event.savedAt.toISOString()}`,
-          "A policy that has changed since does not apply before the control plane is back.",
-        );
-        return;
-      case "fresh":
-        metrics.xdsStale.set(0);
-        conditions.clear("configuration-stale");
-        conditions.clear("last-good-failed");
-        return;
-      case "last-good-ended":
-        metrics.xdsStale.set(0);
-        conditions.clear("configuration-stale");
-        log.warning("the certificate of the saved configuration has ended: it is not served any more");
-        return;
-      case "last-good-failed":
-        conditions.raise(
-          "last-good-failed",
-          "warning",
-          `a start without a control plane finds no configuration: ${event.error.message}`,
-          event.error.next ?? "Look for free space below /var/lib/vmmesh.",
-        );
-        return;
-      case "last-good-saved":
-        conditions.clear("last-good-failed");
-        return;
-      case "reopened":
-        log.info(`istiod has not sent ${event.missing.join(", ")}: asking anew`);
-        return;
-      case "node-changed":
-        metrics.xdsStale.set(0);
-        conditions.clear("configuration-stale");
-        log.info("Envoy has another node now: asking istiod anew in its name");
-        return;
-      case "envoy-connected":
-        log.info("Envoy is connected", { streams: event.streams });
-        return;
-      case "envoy-gone":
-        metrics.envoyConnectionTerminations.inc({ type: "cancelled" });
-        log.info("Envoy is gone", { streams: event.streams });
-        return;
-    }
-  };
+  const news = new RelayNews({ clock: host.clock, metrics, conditions, log });
   const istioStats = new IstioStats({
     own: istioWorkload(
       {
@@ -274,7 +165,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
       },
       notAfter: () => svids.value?.notAfter,
     }),
-    onEvent,
+    onEvent: (event) => news.take(event),
   });
 
   // ——— names
@@ -316,7 +207,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
     const { connectedTo, since, staleSince, types } = relay.status();
     const capture = await readCaptureState(host.files, paths);
     const when = (date: Date | undefined) => date?.toISOString();
-    const connectedSince = when(connectedTo === undefined ? lostAt : since);
+    const connectedSince = when(connectedTo === undefined ? news.lostAt : since);
     const nextRenewal = when(identity?.nextRenewal);
     return {
       version: VERSION,
@@ -337,7 +228,7 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
         resources: Object.fromEntries(types.map(({ typeUrl, resources }) => [shortType(typeUrl), resources])),
         ...(connectedTo === undefined ? {} : { address: connectedTo }),
         ...(connectedSince === undefined ? {} : { since: connectedSince }),
-        ...(lastRejection === undefined ? {} : { lastRejection }),
+        ...(news.lastRejection === undefined ? {} : { lastRejection: news.lastRejection }),
         ...(staleSince === undefined ? {} : { staleSince: staleSince.toISOString() }),
       },
       envoy: { state: envoyWaits ?? "ready" },
@@ -415,8 +306,8 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
               tokenFile: paths.token,
               credentialExec: workload.credentialExec,
               conditions,
-              isRefused: () => identityRefused,
-              reached: () => reached,
+              isRefused: () => news.identityRefused,
+              reached: () => news.reached,
               onRenewed: (svid, by) => {
                 metrics.certRenewals.inc({ result: "success" });
                 const not_after = svid.notAfter.toISOString();
@@ -527,7 +418,6 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
             if (readiness.ready && was !== undefined) {
               log.info("Envoy is ready");
               metrics.startupDuration.set((host.clock.monotonicMs() - startedMs) / SECOND_MS);
-              conditions.clear("configuration-rejected");
               // Envoy came (back): whatever happened to the rules meanwhile is put right by the one who may.
               await host.files.touch(paths.repairRequest);
             }
@@ -657,11 +547,6 @@ export async function runAgent(deps: AgentDeps, signal: AbortSignal): Promise<vo
 async function keepAlive(notifier: Notifier, signal: AbortSignal): Promise<void> {
   await notifier.keepAlive(() => true, signal);
   await aborted(signal);
-}
-
-/** `type.googleapis.com/envoy.config.cluster.v3.Cluster` → `Cluster`. */
-function shortType(typeUrl: string): string {
-  return typeUrl.slice(typeUrl.lastIndexOf(".") + 1);
 }
 
 function codeOf(thrown: unknown): string | undefined {

@@ -8,6 +8,7 @@ import {
 } from "../proto/discovery.ts";
 import { BinaryWriter, put, type RpcStatus, readAny, readMessage, writeAny } from "../proto/wire.ts";
 import type { ResourceSet } from "./lastGood.ts";
+import { type Refusal, Refusals } from "./refusals.ts";
 import { type HasExtension, nameOf, strip } from "./strip.ts";
 
 /** What a client wants of one type. */
@@ -46,9 +47,20 @@ interface Downstream {
   /** Endpoints that must follow a cluster that was pushed, whether or not their bytes changed (see `#push`). */
   readonly awaitedEndpoints: Set<string>;
   /** Our nonces that Envoy has not answered → the upstream nonce they stand for, if they stand for one. */
-  readonly outstanding: Map<string, { readonly typeUrl: string; upstreamNonce: string | undefined }>;
+  readonly outstanding: Map<string, Outstanding>;
   /** Type → why it refused the last that it answered of it. */
   readonly refused: Map<string, RpcStatus>;
+  /** What it refused and has not accepted since. */
+  readonly refusals: Refusals;
+}
+
+interface Outstanding {
+  readonly typeUrl: string;
+  upstreamNonce: string | undefined;
+  /** What it brought or took away. */
+  readonly names: readonly string[];
+  /** Whether it is all there is of the type. */
+  readonly whole: boolean;
 }
 
 /** A resource with two versions: istiod's (often empty), and ours, which is a digest of the bytes. */
@@ -131,6 +143,7 @@ export class DeltaCache {
       awaitedEndpoints: new Set(),
       outstanding: new Map(),
       refused: new Map(),
+      refusals: new Refusals(),
     });
   }
 
@@ -197,6 +210,7 @@ export class DeltaCache {
       downstream.outstanding.delete(request.responseNonce);
       if (request.error === undefined) downstream.refused.delete(typeUrl);
       else downstream.refused.set(typeUrl, request.error);
+      downstream.refusals.answered(typeUrl, answered.names, answered.whole, request.error?.message);
       effects.push(...this.#answer(typeUrl, answered.upstreamNonce, request.error));
     }
 
@@ -401,6 +415,11 @@ export class DeltaCache {
     return [{ to: "upstream", request }];
   }
 
+  /** What Envoys have refused and not accepted since. */
+  refusals(): Refusal[] {
+    return [...this.#downstreams.values()].flatMap(({ refusals }) => refusals.list());
+  }
+
   /** Why an Envoy refused the last that it answered of the type. */
   #refusal(typeUrl: string): RpcStatus | undefined {
     for (const { refused } of this.#downstreams.values()) {
@@ -520,7 +539,12 @@ export class DeltaCache {
     if (same || (unsaid && sending.length === 0)) return [];
     this.#nonce += 1;
     const nonce = String(this.#nonce);
-    downstream.outstanding.set(nonce, { typeUrl, upstreamNonce: cause.nonce });
+    downstream.outstanding.set(nonce, {
+      typeUrl,
+      upstreamNonce: cause.nonce,
+      names: [...sending.map(({ name }) => name), ...removed],
+      whole,
+    });
     return [
       {
         to: "envoy",

@@ -30,6 +30,7 @@ import { DeltaCache, type Dialect, type Effect, type TypeStatus } from "./cache.
 import { needleOf, workloadAt } from "./endpoints.ts";
 import type { LastGoodFile, ResourceSet } from "./lastGood.ts";
 import { type EnvoyNode, readNode } from "./node.ts";
+import type { Refusal } from "./refusals.ts";
 import { extensionsOf } from "./strip.ts";
 
 const ADS = "/envoy.service.discovery.v3.AggregatedDiscoveryService";
@@ -63,6 +64,8 @@ export type RelayEvent =
   | { readonly kind: "disconnected"; readonly address: string; readonly reason: string }
   | { readonly kind: "unreachable"; readonly error: VmmeshError; readonly retryInMs: number }
   | { readonly kind: "rejected"; readonly typeUrl: string; readonly reason: string }
+  /** All that is refused at this moment: by Envoys, and the table of names by us; said when it changes. */
+  | { readonly kind: "refusals"; readonly standing: readonly Refusal[] }
   /** What Envoys do not get because they lack it, at this moment; said when it changes. */
   | { readonly kind: "stripped"; readonly names: readonly string[] }
   /** Envoy is served what it accepted at `savedAt`, because no control plane answers. */
@@ -152,6 +155,10 @@ export class AdsRelay {
   #reconnects = 0;
   #reopened = 0;
   #stripped = "";
+  /** Why the last table of names was not taken; the one before is in use. */
+  #namesRefused: Refusal | undefined;
+  /** What was said last, as text. */
+  #refusals = "[]";
   #staleSince: Date | undefined;
   /** It could not be read or written, and has not been written since. */
   #lastGoodFailed = false;
@@ -398,6 +405,7 @@ export class AdsRelay {
       this.#place.cache.forgetRestored();
       this.#deps.onEvent({ kind: "fresh" });
     }
+    this.#sayRefusals();
     // Without an Envoy nothing is known; the next one will most likely be the same.
     const names = this.#place.cache.stripped();
     if (names === undefined || names.join() === this.#stripped) return;
@@ -580,6 +588,17 @@ export class AdsRelay {
     }
   }
 
+  #sayRefusals(): void {
+    const standing = [
+      ...this.#place.cache.refusals(),
+      ...(this.#namesRefused === undefined ? [] : [this.#namesRefused]),
+    ];
+    const said = JSON.stringify(standing);
+    if (said === this.#refusals) return;
+    this.#refusals = said;
+    this.#deps.onEvent({ kind: "refusals", standing });
+  }
+
   /** Name tables in the order in which they came: a big one takes its time. */
   #inTurn(work: () => Promise<void>): Promise<void> {
     const done = this.#namesInUse.then(work);
@@ -601,9 +620,13 @@ export class AdsRelay {
     if (resource === undefined) return undefined;
     try {
       await this.#useNames(resource);
+      this.#namesRefused = undefined;
+      this.#sayRefusals();
       return undefined;
     } catch (thrown) {
       const reason = messageOf(thrown);
+      this.#namesRefused = { typeUrl: response.typeUrl, reason };
+      this.#sayRefusals();
       this.#deps.onEvent({ kind: "rejected", typeUrl: response.typeUrl, reason });
       return { code: INTERNAL, message: reason };
     }

@@ -4,6 +4,7 @@ import { request as get } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
+import { setTimeout } from "node:timers/promises";
 import { afterEach, describe, expect, test } from "vitest";
 import type { ServedStream } from "../../agent/platform/grpc.ts";
 import { linuxHost } from "../../agent/platform/linux.ts";
@@ -267,6 +268,23 @@ describe.for(VARIANTS)("Envoy $version behind the relay, by $api", (variant) => 
     await expect
       .poll(() => events.find(({ kind }) => kind === "rejected"), soon)
       .toMatchObject({ typeUrl: TYPE_URL.cluster, reason: expect.stringContaining("istio.stats") });
+
+    // It stands until Envoy has accepted that cluster: an ACK of another one says nothing of it.
+    const standing = (): unknown => events.findLast((it) => it.kind === "refusals")?.standing;
+    const stands = [{ typeUrl: TYPE_URL.cluster, reason: expect.stringContaining("istio.stats") }];
+    expect(standing()).toEqual(stands);
+    const other = named("d", 1);
+    const send = async (nonce: string, resources: readonly Resource[]): Promise<void> => {
+      const typeUrl = TYPE_URL.cluster;
+      const stream = await opened.promise;
+      stream.send(writeDeltaResponse({ systemVersion: nonce, typeUrl, nonce, resources, removed: [] }));
+    };
+    await send("c3", [other]);
+    await expect.poll(() => statistic(folder, "cluster.d.membership_total"), soon).toBe(0);
+    await setTimeout(200);
+    expect(standing()).toEqual(stands);
+    await send("c4", [named("c", 2)]);
+    await expect.poll(standing, soon).toEqual([]);
     await rm(folder, { recursive: true });
   });
 });
