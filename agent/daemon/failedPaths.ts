@@ -15,11 +15,15 @@ export async function startFailedPaths(host: Pick<Host, "run">, say: (line: stri
   const lines = (states?.stdout ?? "").trimEnd().split("\n");
   for (const [index, unit] of WATCHES.entries()) {
     if (lines[index] !== "failed") continue;
-    const started = await tryRun(host, { argv: ["systemctl", "start", unit] });
+    // Said first: a request that waits for it starts the quick repair, which ends this run.
     say(
-      started?.code === 0
-        ? `repaired: ${unit} had failed and is started again; meanwhile changes were seen within half a minute only`
-        : `${unit} has failed and cannot be started (${started?.stderr.trim().split("\n", 1)[0] ?? "no systemctl"}): changes are seen within half a minute only; if inotify instances are short, raise fs.inotify.max_user_instances`,
+      `repaired: ${unit} had failed and is started again; meanwhile changes were seen within half a minute only`,
+    );
+    const started = await tryRun(host, { argv: ["systemctl", "start", unit] });
+    if (started?.code === 0) continue;
+    const why = started?.stderr.trim().split("\n", 1)[0] ?? "no systemctl";
+    say(
+      `${unit} cannot be started (${why}): changes are still seen within half a minute only; if inotify instances are short, raise fs.inotify.max_user_instances`,
     );
   }
 }
