@@ -75,6 +75,32 @@ describe("one Envoy", () => {
     expect(cache.status()).toMatchObject([{ typeUrl: CDS, resources: 1, lastNack: "no such filter" }]);
   });
 
+  test("a refusal stands until that resource is accepted, taken back or not wanted any more", () => {
+    const cache = connected();
+    const stand = (): string[] => cache.refusals().map(({ reason }) => reason);
+    const error = { code: 13, message: "a: no such filter" };
+    const answer = (effects: readonly Effect[], more: Partial<DeltaRequest> = {}): void => {
+      const [pushed] = toEnvoy(effects);
+      cache.fromEnvoy(1, request(EDS, { responseNonce: pushed?.nonce ?? "", ...more }));
+    };
+    cache.fromEnvoy(1, request(EDS, { subscribe: ["a", "b"] }));
+    answer(cache.fromUpstream(response(EDS, "up-1", { a: "1" })), { error });
+    answer(cache.fromUpstream(response(EDS, "up-2", { b: "1" })));
+    expect(stand()).toEqual(["a: no such filter"]);
+    answer(cache.fromUpstream(response(EDS, "up-3", { a: "2" })));
+    expect(stand()).toEqual([]);
+    answer(cache.fromUpstream(response(EDS, "up-4", { a: "3" })), { error });
+    answer(cache.fromUpstream(response(EDS, "up-5", {}, ["a"])));
+    expect(stand()).toEqual([]);
+    answer(cache.fromUpstream(response(EDS, "up-6", { a: "4" })), { error });
+    expect(stand()).toEqual(["a: no such filter"]);
+    cache.fromEnvoy(1, request(EDS, { unsubscribe: ["a"] }));
+    expect(stand()).toEqual([]);
+    answer(cache.fromUpstream(response(EDS, "up-7", { b: "2" })), { error });
+    cache.envoyClosed(1);
+    expect(stand()).toEqual([]);
+  });
+
   test("equal bytes are acknowledged at once and not pushed", () => {
     const cache = connected();
     cache.fromEnvoy(1, request(CDS));

@@ -240,7 +240,11 @@ export class DeltaCache {
       watch.sent.delete(name);
     }
 
-    if (request.unsubscribe.length > 0) effects.push(...this.#forgetUnwanted(typeUrl));
+    if (request.unsubscribe.length > 0) {
+      const rest = watch.wildcard || watch.names.size > 0;
+      downstream.refusals.unwanted(typeUrl, request.unsubscribe, rest);
+      effects.push(...this.#forgetUnwanted(typeUrl));
+    }
     effects.push(
       ...this.#ask(typeUrl, state, wildcardNow && !request.subscribe.includes("*") ? "legacy" : "star"),
     );

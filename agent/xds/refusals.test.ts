@@ -54,3 +54,17 @@ test("types do not answer for each other", () => {
   refusals.answered(TYPE_URL.cluster, ["a"], false, undefined);
   expect(refusals.list()).toHaveLength(1);
 });
+
+test("what Envoy does not want any more is not refused; nor is anything when it wants nothing of the type", () => {
+  const refusals = new Refusals();
+  refusals.answered(LDS, ["a", "b"], false, "a: no, b: no");
+  refusals.unwanted(LDS, ["a"], true);
+  expect(refusals.list()).toHaveLength(1);
+  refusals.unwanted(LDS, ["b"], true);
+  expect(refusals.list()).toEqual([]);
+  refusals.answered(LDS, ["c"], false, "no name in it");
+  refusals.unwanted(LDS, ["d"], true);
+  expect(refusals.list()).toHaveLength(1);
+  refusals.unwanted(LDS, ["c"], false);
+  expect(refusals.list()).toEqual([]);
+});

@@ -34,6 +34,13 @@ export class Refusals {
     else this.#types.set(typeUrl, standing);
   }
 
+  /** Envoy does not want these any more. @param rest whether it wants others of the type */
+  unwanted(typeUrl: string, names: Iterable<string>, rest: boolean): void {
+    const standing = this.#types.get(typeUrl);
+    for (const name of names) standing?.delete(name);
+    if (!rest || standing?.size === 0) this.#types.delete(typeUrl);
+  }
+
   /** Each reason once. */
   list(): Refusal[] {
     return [...this.#types].flatMap(([typeUrl, standing]) =>

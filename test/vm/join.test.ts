@@ -230,7 +230,12 @@ describe("two machines join a real mesh", () => {
       (await stateOf()) === "active" ? true : undefined,
     );
     await waitFor("the request to be answered", async () =>
-      (await reviews.exec("test ! -e /run/vmmesh/repair-request", { allowFail: true })).code === 0
+      (
+        await reviews.exec(
+          'test ! -e /run/vmmesh/repair-request && test "$(systemctl is-active vmmesh-order.service vmmesh-rules.service | sort -u)" = inactive',
+          { allowFail: true },
+        )
+      ).code === 0
         ? true
         : undefined,
     );
