@@ -32,7 +32,7 @@ function hear(...events: readonly RelayEvent[]) {
   const log = { debug: () => undefined, info: () => undefined, warning: () => undefined };
   const news = new RelayNews({ clock, metrics, conditions, log });
   for (const event of events) news.take(event);
-  return { news, metrics, list: conditions.list() };
+  return { news, list: conditions.list() };
 }
 
 describe("what stands after each story", () => {

@@ -60,7 +60,7 @@ export class RelayNews {
   }
 
   take(event: RelayEvent): void {
-    const { metrics, conditions, log } = this.#deps;
+    const { clock, metrics, conditions, log } = this.#deps;
     switch (event.kind) {
       case "connected":
         metrics.xdsConnected.set(1);
@@ -74,7 +74,7 @@ export class RelayNews {
         metrics.xdsConnected.set(0);
         metrics.xdsReconnects.inc();
         metrics.istiodConnectionTerminations.inc({ type: "error" });
-        this.#lostAt = this.#deps.clock.now();
+        this.#lostAt = clock.now();
         log.info(`istiod at ${event.address} is gone: ${event.reason}`);
         return;
       case "unreachable":

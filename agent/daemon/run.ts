@@ -47,6 +47,7 @@ import { istiodTarget, readWorkload, spiffeOf } from "./workloadFiles.ts";
 const PROXY_DOMAIN = "svc.cluster.local";
 /** How often Envoy is asked whether it is ready: often while it is not, so that a start is not a poll longer than it is. */
 const ENVOY_LOOK_MS = { ready: SECOND_MS, waiting: 100 };
+
 export interface AgentDeps {
   readonly host: Host;
   readonly paths: Paths;

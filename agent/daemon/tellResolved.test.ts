@@ -3,15 +3,13 @@ import { expect, test } from "vitest";
 import { Conditions } from "../health/conditions.ts";
 import { tellResolved } from "./tellResolved.ts";
 
-/** What the unit behind the socket does with one order: its answer, or undefined for an end without one. */
-type Answer = string | undefined;
-
 interface Round {
   readonly applies?: boolean;
   readonly domains?: readonly string[];
   /** Does our own question come back? */
   readonly routed?: boolean;
-  readonly answer?: Answer;
+  /** Of the unit behind the socket; undefined: it ends without one. */
+  readonly answer?: string | undefined;
 }
 
 /** One round for each entry, on a clock that jumps to the end of every pause. */

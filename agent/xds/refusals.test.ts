@@ -3,7 +3,7 @@ import { TYPE_URL } from "../proto/discovery.ts";
 import { Refusals } from "./refusals.ts";
 
 const LDS = TYPE_URL.listener;
-// As Envoy 1.37 writes it.
+// With the form of words that Envoy 1.36 and 1.40 were seen to have for clusters.
 const REASON = "Error adding/updating listener(s) 0.0.0.0_8080: Didn't find a registered implementation";
 
 type Answer = readonly [names: readonly string[], reason?: string];

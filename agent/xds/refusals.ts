@@ -7,9 +7,9 @@ export interface Refusal {
 
 /**
  * What one Envoy has refused and not accepted since. An ACK is of one response: what an earlier one brought and Envoy
- * refused is not in force for it. Which of a response's resources it is, only the words say: Envoy puts their names
- * before the reasons (`Error adding/updating listener(s) NAME: …`, delta subscription and LDS/CDS helpers alike); where
- * they name none, the next ACK of the type ends it.
+ * refused is not in force for it. Which of a response's resources it is, only the words say: Envoy puts the name before
+ * the reason (`Error adding/updating cluster(s) NAME: …`, seen of 1.36 and 1.40, delta and state of the world; the other
+ * types were not looked at); where the words have none of the names, the next ACK of the type ends it.
  */
 export class Refusals {
   /** Type → name → reason. The empty name: it is not known which. */
